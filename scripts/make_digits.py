@@ -1,0 +1,89 @@
+"""Write scikit-learn's handwritten digits as a folder of images, one folder per class.
+
+    python scripts/make_digits.py --out workdir/quickstart/digits
+
+The 1,797 real 8x8 digits (`sklearn.datasets.load_digits`, values 0..16, no download) are enlarged bicubically to
+32x32 and passed through sigmoid(10 (u - 0.5)), which turns the blur of the enlargement into strokes. They become RGB
+PNGs `train/<class>/<id>.png` and `held_out/<class>/<id>.png`, where id is the digit's index in `load_digits`: 500
+digits, balanced over the classes and always the same, are held out from everything that is trained.
+
+Running it again does nothing.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+IMAGE_SIZE = 32
+N_HELD_OUT = 500
+SPLIT_SEED = 0
+
+
+def enlarge(digit):
+    """One digit (8, 8) of values 0..16 -> (32, 32, 3) uint8, white strokes on black."""
+    u = Image.fromarray((digit / 16).astype(np.float32))
+    u = np.asarray(u.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+    grey = 1 / (1 + np.exp(-10 * (u - 0.5)))
+    return np.repeat(np.round(255 * grey).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def split_indices(labels):
+    """The fixed stratified split: {"train": indices, "held_out": indices} into `load_digits`, each sorted."""
+    train, held_out = train_test_split(
+        np.arange(len(labels)), test_size=N_HELD_OUT, stratify=labels, random_state=SPLIT_SEED
+    )
+    return {"train": np.sort(train), "held_out": np.sort(held_out)}
+
+
+def make_digits(out):
+    """Write the two trees under `out` unless they are there. Returns {"train": count, "held_out": count} if written.
+
+    The trees are made under a temporary name and renamed, so `out` is complete whenever it exists.
+    """
+    out = Path(out)
+    digits = load_digits()
+    splits = split_indices(digits.target)
+    if out.exists():
+        found = {split: len(list((out / split).glob("*/*.png"))) for split in splits}
+        if found == {split: len(indices) for split, indices in splits.items()}:
+            return None
+        raise ValueError(
+            f"{out} exists but does not hold the digits (expected {len(splits['train'])} images in train/ and "
+            f"{len(splits['held_out'])} in held_out/, found {found['train']} and {found['held_out']}): "
+            f"remove it, or give another --out"
+        )
+    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    try:
+        for split, indices in splits.items():
+            for i in indices:
+                folder = temporary / split / str(digits.target[i])
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(enlarge(digits.images[i])).save(folder / f"{i:04d}.png")
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {split: len(indices) for split, indices in splits.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="workdir/quickstart/digits", help="folder to write (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        written = make_digits(args.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"make_digits.py: {error}") from None
+    if written is None:
+        print(f"{args.out} is complete, nothing to do")
+    else:
+        print(f"{args.out}: {written['train']} training and {written['held_out']} held-out digits")
+
+
+if __name__ == "__main__":
+    main()
