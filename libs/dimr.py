@@ -1,0 +1,316 @@
+"""The DiMR network: one branch per resolution, each handing its features to the next finer one.
+
+Liu et al., "Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models and Time-Dependent Layer
+Normalization", NeurIPS 2024 (arXiv 2406.09416). Where the paper and the released weights disagree, the weights are
+followed; docs/differences.md lists those places.
+
+Axes: B batch, C image channels, H W pixels or latent cells, h w cells of a branch's grid, N tokens, D branch width,
+R number of resolutions.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from libs.norms import NORMS, TDLayerNorm
+
+BLOCK_TYPES = ("TransformerBlock", "ConvNeXtBlock")
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One branch. Sizes are in cells of this branch's grid unless said otherwise.
+
+    Raises ValueError when the values cannot make a branch.
+    """
+
+    block_type: str  # "TransformerBlock" or "ConvNeXtBlock"
+    dim: int  # width D
+    depth: int  # number of blocks, odd: depth//2 in, one in the middle, depth//2 out
+    hidden_dim: int  # width inside the gated MLPs
+    patch_size: int  # pixels (or latent cells) per grid cell
+    max_height: int  # rows of the position table
+    max_width: int  # columns of the position table
+    num_heads: int = 16  # attention heads; TransformerBlock only
+    kernel_size: int = 7  # depthwise convolution; ConvNeXtBlock only
+    head_kernel_size: int = 3  # convolution of the output head
+
+    def __post_init__(self):
+        if self.block_type not in BLOCK_TYPES:
+            raise ValueError(f"block_type must be one of {', '.join(BLOCK_TYPES)}; found {self.block_type!r}")
+        for name in ("dim", "depth", "hidden_dim", "patch_size", "max_height", "max_width", "num_heads", "kernel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a stage must be at least 1; found {getattr(self, name)}")
+        if self.depth % 2 == 0:
+            raise ValueError(
+                f"depth of a stage must be odd (blocks in, one middle block, as many blocks out); found {self.depth}, "
+                f"set it to {self.depth + 1} (what the released code builds for {self.depth}) or {self.depth - 1}"
+            )
+        if self.block_type == "TransformerBlock" and self.dim % self.num_heads:
+            raise ValueError(f"num_heads must divide dim; found num_heads {self.num_heads} and dim {self.dim}")
+        if self.block_type == "ConvNeXtBlock" and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size of a ConvNeXtBlock must be odd; found {self.kernel_size}")
+        if self.head_kernel_size % 2 == 0:
+            raise ValueError(f"head_kernel_size must be odd; found {self.head_kernel_size}")
+
+
+class GatedMLP(nn.Module):
+    """norm, then w2(GELU(w0 z) * w1 z) with the exact (erf) GELU. (B, ..., D), t (B,) -> (B, ..., D)."""
+
+    def __init__(self, dim: int, hidden_dim: int, norm: type[nn.Module]):
+        super().__init__()
+        self.norm = norm(dim)
+        self.w0 = nn.Linear(dim, hidden_dim)
+        self.w1 = nn.Linear(dim, hidden_dim)
+        self.w2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        z = self.norm(x, t)
+        return self.w2(F.gelu(self.w0(z)) * self.w1(z))
+
+
+class Attention(nn.Module):
+    """norm, then multi-head self-attention. (B, N, D), t (B,) -> (B, N, D)."""
+
+    def __init__(self, dim: int, num_heads: int, norm: type[nn.Module]):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = norm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x, t))
+        q, k, v = rearrange(qkv, "B N (three heads d) -> three B heads N d", three=3, heads=self.num_heads)
+        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "B heads N d -> B N (heads d)"))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and gated MLP, both residual. (B, N, D), t (B,) -> (B, N, D)."""
+
+    def __init__(self, spec: StageSpec, norm: type[nn.Module]):
+        super().__init__()
+        self.attn = Attention(spec.dim, spec.num_heads, norm)
+        self.mlp = GatedMLP(spec.dim, spec.hidden_dim, norm)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x + self.attn(x, t)
+        return x + self.mlp(x, t)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution (no norm in front) and gated MLP, both residual. (B, h, w, D), t (B,) -> (B, h, w, D)."""
+
+    def __init__(self, spec: StageSpec, norm: type[nn.Module]):
+        super().__init__()
+        self.depthwise = nn.Conv2d(spec.dim, spec.dim, spec.kernel_size, padding=spec.kernel_size // 2, groups=spec.dim)
+        self.mlp = GatedMLP(spec.dim, spec.hidden_dim, norm)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        # Seen as an image, channels-last features are already in the layout that the convolution wants: no copies.
+        x = x + rearrange(self.depthwise(rearrange(x, "B h w D -> B D h w")), "B D h w -> B h w D")
+        return x + self.mlp(x, t)
+
+
+class Upsample(nn.Module):
+    """All features of the coarser branch to the width and grid of this one: norm, Linear, pixel shuffle, norm.
+
+    (B, h, w, (n+1) D_prev), t (B,) -> (B, h q, w q, D).
+    """
+
+    def __init__(self, in_dim: int, dim: int, ratio: int):
+        super().__init__()
+        self.ratio = ratio
+        self.norm_in = TDLayerNorm(in_dim)
+        self.proj = nn.Linear(in_dim, dim * ratio**2)
+        self.norm_out = TDLayerNorm(dim)
+
+    def forward(self, features: Tensor, t: Tensor) -> Tensor:
+        x = self.proj(self.norm_in(features, t))
+        x = rearrange(x, "B h w (a b D) -> B (h a) (w b) D", a=self.ratio, b=self.ratio)
+        return self.norm_out(x, t)
+
+
+class Head(nn.Module):
+    """Features to the noise prediction of a branch. (B, h, w, D), t (B,) -> (B, C, h, w)."""
+
+    def __init__(self, dim: int, channels: int, kernel_size: int):
+        super().__init__()
+        self.norm = TDLayerNorm(dim)
+        self.conv = nn.Conv2d(dim, channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.conv(rearrange(self.norm(x, t), "B h w D -> B D h w"))
+
+
+class Stage(nn.Module):
+    """One branch: a U-ViT (blocks with long skips) on its own patches of the full-resolution input.
+
+    Args:
+        previous: spec of the next coarser branch, None for the first.
+        n_labels: number of class embeddings, the null class included (TransformerBlock only).
+        keep_features: collect what the next branch needs; False for the last branch.
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        previous: StageSpec | None,
+        channels: int,
+        n_labels: int,
+        norm: type[nn.Module],
+        keep_features: bool,
+    ):
+        super().__init__()
+        self.spec = spec
+        self.keep_features = keep_features
+        transformer = spec.block_type == "TransformerBlock"
+        block = TransformerBlock if transformer else ConvNeXtBlock
+        self.patch_embed = nn.Conv2d(channels, spec.dim, spec.patch_size, stride=spec.patch_size)
+        self.pos_embed = nn.Embedding(spec.max_height * spec.max_width, spec.dim)
+        self.class_embed = nn.Embedding(n_labels, spec.dim) if transformer else None
+        if previous is not None:
+            in_dim = (previous.depth + 1) * previous.dim
+            self.upsample = Upsample(in_dim, spec.dim, previous.patch_size // spec.patch_size)
+        self.blocks = nn.ModuleList(block(spec, norm) for _ in range(spec.depth))
+        self.skips = nn.ModuleList(nn.Linear(2 * spec.dim, spec.dim) for _ in range(spec.depth // 2))
+        self.head = Head(spec.dim, channels, spec.head_kernel_size)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings of the top-left (h, w) of the table: (h, w, D)."""
+        max_h, max_w = self.spec.max_height, self.spec.max_width
+        if h > max_h or w > max_w:
+            raise ValueError(
+                f"the input is larger than the position table: expected at most {max_h}x{max_w} cells of "
+                f"{self.spec.patch_size} (an input of {max_h * self.spec.patch_size}x{max_w * self.spec.patch_size}), "
+                f"found {h}x{w}; set config.z_shape to the size of the data"
+            )
+        return rearrange(self.pos_embed.weight, "(H W) D -> H W D", W=max_w)[:h, :w]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, C, H, W), t (B,) or (1,), y (B,) and the coarser branch's features -> prediction, own features."""
+        z = rearrange(self.patch_embed(x), "B D h w -> B h w D")
+        h, w = z.shape[1:3]
+        z = z + self.positions(h, w)
+        if features is not None:
+            z = z + self.upsample(features, t)
+        if self.class_embed is not None:
+            z = torch.cat([self.class_embed(y)[:, None], rearrange(z, "B h w D -> B (h w) D")], dim=1)  # B 1+hw D
+
+        collected, skips = [z], []
+        half = len(self.blocks) // 2
+        for i, block in enumerate(self.blocks):
+            if i > half:
+                z = self.skips[i - half - 1](torch.cat([z, skips.pop()], dim=-1))
+            z = block(z, t)
+            if i < half:
+                skips.append(z)
+            if self.keep_features:
+                collected.append(z)
+
+        features = torch.cat(collected, dim=-1) if self.keep_features else None  # ... (n+1)D
+        return self.head(self.to_grid(z, h, w), t), self.to_grid(features, h, w)
+
+    def to_grid(self, z: Tensor | None, h: int, w: int) -> Tensor | None:
+        """Tokens without the class token, as a grid: (B, 1+hw, D) -> (B, h, w, D); a grid stays as it is."""
+        if z is None or self.class_embed is None:
+            return z
+        return rearrange(z[:, 1:], "B (h w) D -> B h w D", h=h, w=w)
+
+
+class DiMR(nn.Module):
+    """Noise predictor with one output per resolution.
+
+    Args:
+        stages: the branches, coarsest first; each patch size is a multiple of the next, the last is 1.
+        channels: channels C of the input and of each output.
+        n_classes: number of classes, the null class not counted (0 for an unconditional model).
+        norm_type: norm inside the blocks, a key of `libs.norms.NORMS`. Heads and upsampling always use TD-LayerNorm.
+        block_grad_to_lowres: stop gradients from a branch into the coarser ones (released models: False).
+    """
+
+    def __init__(
+        self,
+        stages: list[StageSpec] | tuple[StageSpec, ...],
+        channels: int = 4,
+        n_classes: int = 1000,
+        norm_type: str = "TDRMSN",
+        block_grad_to_lowres: bool = False,
+    ):
+        super().__init__()
+        check_stages(stages)
+        if norm_type not in NORMS:
+            raise ValueError(f"norm_type must be one of {', '.join(NORMS)}; found {norm_type!r}")
+        self.channels = channels
+        self.n_classes = n_classes
+        self.null_label = n_classes  # the last embedding: the class of classifier-free guidance's unconditional half
+        self.block_grad_to_lowres = block_grad_to_lowres
+        self.patch_sizes = tuple(spec.patch_size for spec in stages)
+        self.stages = nn.ModuleList(
+            Stage(spec, previous, channels, n_classes + 1, NORMS[norm_type], keep_features=spec is not stages[-1])
+            for previous, spec in zip([None, *stages[:-1]], stages, strict=True)
+        )
+        self.initialise()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """Predict the noise in x at every resolution.
+
+        Args:
+            x: noisy images or latents (B, C, H, W).
+            t: time condition (B,), or (1,) when the whole batch is at one time (then computed once for the batch).
+            y: labels (B,), int64 in [0, n_classes]; n_classes is the null label.
+
+        Returns:
+            R predictions (B, C, H / patch_r, W / patch_r), coarsest first; the last is at full resolution.
+
+        Raises:
+            ValueError: a size of x that the patches do not divide or the position tables do not cover.
+        """
+        self.check_input(x)
+        outputs, features = [], None
+        for stage in self.stages:
+            if self.block_grad_to_lowres and features is not None:
+                features = features.detach()
+            output, features = stage(x, t, y, features)
+            outputs.append(output)
+        return tuple(outputs)
+
+    def check_input(self, x: Tensor) -> None:
+        _, channels, height, width = x.shape
+        if channels != self.channels:
+            raise ValueError(f"expected {self.channels} channels, found {channels}; see config.z_shape")
+        patch = math.lcm(*self.patch_sizes)
+        if height % patch or width % patch:
+            raise ValueError(
+                f"height and width must be divisible by the coarsest patch, {patch}; found {height}x{width}; "
+                "change config.z_shape or the number of stages"
+            )
+
+    def initialise(self) -> None:
+        """Linear and embedding weights: normal of std 0.02 (cut at ±2, which never acts), biases zero, as in ViT.
+
+        Convolutions keep PyTorch's default; time-dependent vectors start independent of time (see libs/norms.py).
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def check_stages(stages: list[StageSpec] | tuple[StageSpec, ...]) -> None:
+    """Raises ValueError unless the patch sizes are a chain of multiples ending in 1."""
+    if not stages:
+        raise ValueError("a model needs at least one stage; found none in config.nnet.stages")
+    patches = [spec.patch_size for spec in stages]
+    steps_down = all(coarse % fine == 0 and coarse > fine for coarse, fine in itertools.pairwise(patches))
+    if not steps_down or patches[-1] != 1:
+        raise ValueError(
+            f"patch sizes must each be a multiple of the next and end in 1 (4, 2, 1 for three stages); found {patches}"
+        )
