@@ -1,0 +1,175 @@
+"""Pictures on disk: class-per-folder trees, reading any picture as RGB, ADM's centre crop, a dataset of pixels.
+
+Axes: B batch, H W pixels.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class UnreadableImage(ValueError):
+    """A file that should be a picture and is not; the message names it and the reason."""
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> mode RGB.
+
+    Greyscale is repeated, CMYK converted, transparency (also of palettes) laid over white, 16 bits scaled to 8.
+    Raises ValueError for values whose range is not known (floating point, more than 16 bits).
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"mode {image.mode} with values outside 0..65535 has no known white: save it as 8 or 16 bits"
+            )
+        return Image.fromarray(((values.astype(np.float64) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def centre_crop(image, size):
+    """ADM's crop (Dhariwal & Nichol 2021): halve by box while the short side is at least twice `size`, resize the
+    short side to `size` bicubically (also upwards, if the picture is smaller), keep the centre.
+
+    Args:
+        image: PIL image of mode RGB.
+        size: side of the result in pixels.
+
+    Returns:
+        uint8 array (size, size, 3).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def read_image(path, size):
+    """One picture file as uint8 (3, size, size), cropped by `centre_crop`.
+
+    The orientation tag of a photo is not applied, as in ADM's statistics. Raises UnreadableImage, naming the file.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = centre_crop(to_rgb(image), size)
+    # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, DecompressionBombError, ...): whatever
+    # it is, the file is what is wrong, and it has to be named.
+    except Exception as error:
+        raise UnreadableImage(f"{path}: {error or type(error).__name__}") from error
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+class ImageTree:
+    """The pictures under a folder: one class per sub-folder, or a flat folder as one class.
+
+    Classes are the sub-folders in sorted order (label = position), pictures in sorted order within a class; names
+    starting with a dot and files that are no pictures are passed over. Paths are kept as one block of bytes, so a tree
+    of millions costs what its names cost and goes to worker processes cheaply.
+
+    Attributes:
+        class_names: list of str; of a flat folder, ["images"].
+        labels: int32 array (n,).
+        digest: SHA-256 of the relative paths in order: the same for the same tree, wherever it lies.
+    """
+
+    def __init__(self, root):
+        """Raises FileNotFoundError if `root` is no folder, ValueError if it is empty, mixed, or a class is empty."""
+        self.root = str(root)
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"No folder of images at {root}: set the images path to one folder per class")
+        entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
+        folders = [name for name in entries if os.path.isdir(os.path.join(root, name))]
+        flat = [name for name in entries if _is_image(name) and name not in set(folders)]
+        if folders and flat:
+            raise ValueError(
+                f"{root} holds both class folders ({folders[0]}, ...) and images ({flat[0]}, ...): expected one folder "
+                f"per class, or images only for training without classes"
+            )
+        if flat:
+            self.class_names, files_of = ["images"], [flat]
+        else:
+            self.class_names, files_of = folders, [_files_under(root, folder) for folder in folders]
+        empty = [name for name, files in zip(self.class_names, files_of, strict=True) if not files]
+        if not folders and not flat:
+            raise ValueError(f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no class folders")
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of the {len(folders)} class folders in {root} hold no images ({', '.join(empty[:3])}"
+                f"{', ...' if len(empty) > 3 else ''}): remove them or fill them, since every folder becomes a class"
+            )
+        self.labels = np.repeat(np.arange(len(files_of), dtype=np.int32), [len(files) for files in files_of])
+        names = [os.fsencode(name) for files in files_of for name in files]
+        self._names = b"\0".join(names)
+        self._ends = np.cumsum([len(name) + 1 for name in names]) - 1
+        self.digest = hashlib.sha256(self._names).hexdigest()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        """Path of picture i relative to the root, with forward slashes."""
+        start = self._ends[i - 1] + 1 if i else 0
+        return os.fsdecode(self._names[start : self._ends[i]])
+
+    def path(self, i):
+        """Path of picture i."""
+        return os.path.join(self.root, self.name(i))
+
+
+class ImageDataset:
+    """Pixels for training without an autoencoder, read and cropped from a class-per-folder tree at every access.
+
+    With flips every picture is two records: record 2i is picture i, record 2i + 1 its mirror image.
+
+    Attributes:
+        record_shape: (3, resolution, resolution); records are uint8.
+        n_classes, class_names: the classes of the tree.
+    """
+
+    def __init__(self, root, resolution, flip=False):
+        self.tree = ImageTree(root)
+        self.flip = bool(flip)
+        self.record_shape = (3, resolution, resolution)
+        self.class_names = self.tree.class_names
+        self.n_classes = len(self.class_names)
+
+    def __len__(self):
+        return len(self.tree) * (2 if self.flip else 1)
+
+    def read(self, indices):
+        """Records and labels: (uint8 (B, 3, H, W), int64 (B,)). Raises UnreadableImage, IndexError."""
+        indices = np.asarray(indices, dtype=np.int64)
+        records = np.empty((len(indices), *self.record_shape), dtype=np.uint8)
+        for record, index in zip(records, indices, strict=True):
+            if not 0 <= index < len(self):
+                raise IndexError(f"Record {index} asked of {len(self)}")
+            image, mirrored = divmod(int(index), 2) if self.flip else (int(index), 0)
+            pixels = read_image(self.tree.path(image), self.record_shape[-1])
+            record[...] = pixels[:, :, ::-1] if mirrored else pixels
+        labels = self.tree.labels[indices // 2 if self.flip else indices]
+        return records, labels.astype(np.int64)
+
+
+def _is_image(name):
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _files_under(root, folder):
+    """Pictures anywhere under root/folder, as sorted paths relative to root."""
+    found = []
+    for parent, folders, files in os.walk(os.path.join(root, folder)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(os.path.relpath(parent, root)).as_posix()
+        found += [f"{below}/{name}" for name in files if _is_image(name) and not name.startswith(".")]
+    return sorted(found)
