@@ -1,0 +1,503 @@
+"""The latent store: moments of a whole data set in a few large files that training reads at random.
+
+A store is a folder:
+
+    index.json           what it holds; written last, so a folder with it is complete
+    labels.npy           int32 (n_records,)
+    latents-00000.npy    float16 or float32 (records, 2C, h, w): C means, then C log-variances; and so on
+
+Every .npy opens with `numpy.load` alone. A record is one view of one image. With flips, image i is record 2i and its
+mirror image record 2i + 1. Shard k is made from images k * images_per_shard and following, by whichever process, so
+neither the number of processes nor an interruption changes a byte. While a store is being written, `unfinished.json`
+holds its settings and `latents-*.json` the entries of the shards that are done.
+
+What training needs of a data set, this or `libs.images.ImageDataset`: `len(ds)`, `ds.record_shape`, `ds.n_classes`,
+`ds.class_names`, `ds.read(indices)`.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = "dimr-latents"
+VERSION = 1
+DTYPES = ("float16", "float32")
+MAX_OPEN_FILES = 256  # below the usual limit of 1024 per process, whatever the number of shards
+
+
+class LatentStore:
+    """A complete store, opened for reading; cheap to send to worker processes, which open the files themselves.
+
+    Attributes:
+        meta: index.json as a dict (keys: see `docs/latents.md`).
+        record_shape: (2C, h, w). n_classes, class_names: the classes.
+        autoencoder: identity of the autoencoder it was made with, {"sha256", "scaling_factor"}.
+    """
+
+    def __init__(self, path, meta):
+        """`LatentStore.open` is the way in: it reads and checks `meta`."""
+        self.path, self.meta = Path(path), meta
+        self.dtype = np.dtype(meta["dtype"])
+        self.record_shape = tuple(meta["record_shape"])
+        self.class_names = meta["class_names"]
+        self.n_classes = len(self.class_names)
+        self.autoencoder = meta["autoencoder"]
+        self._record_bytes = math.prod(self.record_shape) * self.dtype.itemsize
+        self._starts = np.cumsum([0] + [shard["records"] for shard in meta["shards"]])
+        self._files, self._labels = {}, None
+
+    @classmethod
+    def open(cls, path):
+        """Opens the store in folder `path`. Takes the same time whatever the number of records.
+
+        Raises FileNotFoundError if there is no store or a file of it is missing, ValueError if the index is not one
+        this version reads, was altered, or a file has not the size it states. Contents are checked by `verify`.
+        """
+        store = cls(path, read_index(path))
+        for name, n_bytes in [
+            (shard["file"], shard["bytes"]) for shard in [*store.meta["shards"], store.meta["labels"]]
+        ]:
+            file = store.path / name
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing from the store: copy it again, or extract again")
+            if file.stat().st_size != n_bytes:
+                raise ValueError(
+                    f"{file} was truncated or altered: expected {n_bytes} bytes, found {file.stat().st_size}. "
+                    f"Copy it again, or delete it and run the extraction again, which makes this file anew"
+                )
+        return store
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_files": {}, "_labels": None}
+
+    def read(self, indices):
+        """Records and labels, in the order of `indices`.
+
+        Args:
+            indices: sequence of B integers in 0..len - 1, in any order.
+
+        Returns:
+            (array (B, *record_shape) of the store's dtype, int64 array (B,)).
+
+        Raises:
+            IndexError: an index out of range. ValueError: a file is not what the index says, naming it.
+        """
+        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"Records {indices.min()}..{indices.max()} asked of a store of {len(self)} ({self.path})")
+        records = np.empty((len(indices), *self.record_shape), self.dtype)
+        rows = records.reshape(len(indices), math.prod(self.record_shape)).view(np.uint8)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        offsets = (indices - self._starts[shards]) * self._record_bytes
+        # In file order; the kernel is told of the whole batch before the first read waits, so that a disk serves many
+        # requests at once.
+        plan = [(row, int(shards[row]), int(offsets[row])) for row in np.argsort(indices, kind="stable")]
+        if hasattr(os, "posix_fadvise"):
+            for _, shard, offset in plan:
+                file, start = self._shard_file(shard)
+                os.posix_fadvise(file.fileno(), start + offset, self._record_bytes, os.POSIX_FADV_WILLNEED)
+        for row, shard, offset in plan:
+            file, start = self._shard_file(shard)
+            _read_exactly(file, rows[row], start + offset)
+        return records, self._read_labels(indices)
+
+    def verify(self):
+        """Reads every file and compares its SHA-256 with the index. Raises ValueError naming all that differ."""
+        entries = [*self.meta["shards"], self.meta["labels"]]
+        altered = [entry["file"] for entry in entries if hash_file(self.path / entry["file"]) != entry["sha256"]]
+        if altered:
+            raise ValueError(
+                f"{self.path}: the contents of {', '.join(altered)} are not what index.json states. Copy them again, "
+                f"or delete them and run the extraction again, which makes these files anew"
+            )
+
+    def check_against(self, autoencoder=None, record_shape=None, n_classes=None):
+        """Raises ValueError naming both sides if the store was made with another autoencoder (its `identity`), holds
+        records of another shape, or another number of classes than the caller is set to. None is not compared."""
+        wanted = {
+            "autoencoder": autoencoder,
+            "record_shape": None if record_shape is None else tuple(record_shape),
+            "n_classes": n_classes,
+        }
+        advice = {
+            "autoencoder": "set the config's autoencoder to the one the latents were made with",
+            "record_shape": "set the config's latent size and channels to the store's",
+            "n_classes": "set the config's number of classes to the store's",
+        }
+        for name, value in wanted.items():
+            if value is not None and value != getattr(self, name):
+                raise ValueError(
+                    f"The latents in {self.path} do not fit the config: {name} of the store is {getattr(self, name)}, "
+                    f"of the config {value}. Either {advice[name]}, or extract again with the config's"
+                )
+
+    def _shard_file(self, number):
+        """(open file, offset of its first record)."""
+        if number not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                self._files.pop(next(iter(self._files)))[0].close()
+            entry = self.meta["shards"][number]
+            path = self.path / entry["file"]
+            file = _open_npy(path, (entry["records"], *self.record_shape), self.dtype)
+            start = file.tell()
+            if hasattr(os, "posix_fadvise"):  # a single record must not drag in the kernel's readahead
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            self._files[number] = file, start
+        return self._files[number]
+
+    def _read_labels(self, indices):
+        if self._labels is None:
+            path = self.path / self.meta["labels"]["file"]
+            with _open_npy(path, (len(self),), np.dtype(np.int32)) as file:
+                self._labels = np.memmap(path, np.int32, "r", file.tell(), (len(self),))
+        labels = self._labels[indices].astype(np.int64)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.n_classes:
+            raise ValueError(f"{self.path / 'labels.npy'} was altered: a label lies outside 0..{self.n_classes - 1}")
+        return labels
+
+
+class StoreWriter:
+    """Writes a store shard by shard, from any number of processes, and picks up what an earlier run left.
+
+    Args:
+        path: folder of the store.
+        settings: all that decides its bytes, and becomes part of index.json: `record_shape`, `dtype`, `resolution`,
+            `flips`, `crop`, `autoencoder`, `class_names`, `images_per_shard`, and `source`, a dict with `n_images`.
+    """
+
+    def __init__(self, path, settings):
+        self.path = Path(path)
+        settings = {"format": FORMAT, "version": VERSION, **settings}
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back, to compare
+        self.n_shards = -(-settings["source"]["n_images"] // settings["images_per_shard"])
+
+    def begin(self):
+        """Makes the folder, or checks that what is there was begun with the same settings. One process calls it,
+        before any writes.
+
+        Raises ValueError naming the settings that differ, OSError if the folder cannot be written.
+        """
+        with _naming(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / "index.json").exists():
+                self._compare(read_index(self.path))
+            elif (self.path / "unfinished.json").exists():
+                self._compare(_read_json(self.path / "unfinished.json"))
+            elif any(not file.name.startswith(".") for file in self.path.iterdir()):
+                raise ValueError(
+                    f"{self.path} holds other files: expected a new or empty folder, or a store begun earlier"
+                )
+            else:
+                _write_json(self.path / "unfinished.json", self.settings)
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
+
+    def image_range(self, shard):
+        """(first, one past the last) image of shard number `shard`."""
+        first = shard * self.settings["images_per_shard"]
+        return first, min(first + self.settings["images_per_shard"], self.settings["source"]["n_images"])
+
+    def entries(self):
+        """{shard number: its entry} for the shards that are complete on disk."""
+        found = {}
+        if (self.path / "index.json").exists():
+            found = {shard["file"]: shard for shard in read_index(self.path)["shards"]}
+        for file in self.path.glob("latents-*.json"):
+            entry = _check_shard_entry(_read_json(file), file)
+            found[entry["file"]] = entry
+        numbers = {_shard_name(number): number for number in range(self.n_shards)}
+        return {
+            numbers[name]: entry
+            for name, entry in found.items()
+            if name in numbers and (self.path / name).is_file() and (self.path / name).stat().st_size == entry["bytes"]
+        }
+
+    def is_complete(self):
+        """Whether index.json is there and every file has the size it states."""
+        try:
+            LatentStore.open(self.path)
+        except (ValueError, OSError):
+            return False
+        return True
+
+    def write_shard(self, number, records, skipped=()):
+        """Writes shard `number` whole: under a temporary name, to the disk, then renamed; then its entry.
+
+        Args:
+            records: (records, *record_shape), converted to the store's dtype; views of an image lie together.
+            skipped: indices of the images of this shard that are left out.
+
+        Raises:
+            ValueError: values that are not finite in the store's dtype. OSError: it cannot be written.
+        """
+        with np.errstate(over="ignore"):
+            records = np.ascontiguousarray(records, dtype=self.settings["dtype"])
+        if not np.isfinite(records).all():
+            raise ValueError(
+                f"The moments of shard {number} are not all finite in {self.settings['dtype']}: set --dtype float32, or "
+                f"check the autoencoder"
+            )
+        entry = self._write_npy(_shard_name(number), records)
+        entry = {**entry, "records": len(records), "skipped": [int(i) for i in skipped]}
+        _write_json(self.path / _shard_name(number).replace(".npy", ".json"), entry)
+
+    def finish(self, labels, names=None):
+        """Writes labels.npy and index.json, once every shard is there, and removes what only an unfinished store needs.
+
+        Args:
+            labels: integer per source image, skipped ones included.
+            names: function from image index to its name, for the list of those skipped.
+        """
+        entries = self.entries()
+        missing = [number for number in range(self.n_shards) if number not in entries]
+        if missing:
+            raise ValueError(f"{self.path}: shards {missing[:5]} of {self.n_shards} are not written: run it again")
+        shards = [entries[number] for number in range(self.n_shards)]
+        skipped = [i for shard in shards for i in shard["skipped"]]
+        labels = np.delete(np.asarray(labels, dtype=np.int32), skipped)
+        if not len(labels):
+            raise ValueError(f"{self.path}: no image is left to store")
+        n_views = 2 if self.settings["flips"] else 1
+        index = {
+            **self.settings,
+            "n_images": len(labels),
+            "n_records": len(labels) * n_views,
+            "images_per_class": np.bincount(labels, minlength=len(self.settings["class_names"])).tolist(),
+            "skipped": [names(i) if names else str(i) for i in skipped],
+            "labels": self._write_npy("labels.npy", np.repeat(labels, n_views)),
+            "shards": shards,
+        }
+        index["sha256"] = _hash_json(index)
+        _check_index(index, self.path / "index.json")
+        _write_json(self.path / "index.json", index)
+        self.remove_leftovers()
+
+    def remove_leftovers(self):
+        """Removes the files that only an unfinished store needs."""
+        for file in [*self.path.glob("latents-*.json"), self.path / "unfinished.json"]:
+            file.unlink(missing_ok=True)
+
+    def _write_npy(self, name, array):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+        digest = hashlib.sha256(header.getvalue())
+        digest.update(array)
+        with replacing(self.path / name) as file:
+            file.write(header.getvalue())
+            file.write(array.data)
+        return {"file": name, "bytes": len(header.getvalue()) + array.nbytes, "sha256": digest.hexdigest()}
+
+    def _compare(self, found):
+        different = [key for key in self.settings if found.get(key) != self.settings[key]]
+        if different:
+            both = "; ".join(
+                f"{key}: there {_short(found.get(key))}, now {_short(self.settings[key])}" for key in different
+            )
+            raise ValueError(
+                f"{self.path} holds latents made with other settings ({both}). Use those, or another --out"
+            )
+
+
+def read_index(path):
+    """index.json of the store at `path`, checked to be whole and consistent.
+
+    Raises FileNotFoundError if there is none (saying whether an unfinished store is), ValueError if it is not valid.
+    """
+    file = Path(path) / "index.json"
+    if not file.is_file():
+        if (Path(path) / "unfinished.json").is_file():
+            raise FileNotFoundError(
+                f"The latents in {path} are unfinished: run the same extraction again to complete them"
+            )
+        raise FileNotFoundError(
+            f"No latents at {path} (no index.json): make them with scripts/extract_imagenet_feature.py"
+        )
+    return _check_index(_read_json(file), file)
+
+
+@contextmanager
+def replacing(path):
+    """A binary file that takes the name `path` only once it is whole and on the disk.
+
+    On any error the temporary file is removed and whatever was at `path` stays. OSErrors name `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _naming(path):
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_npy_header(file, name):
+    """Reads the header of an open .npy file (version 1.0, C order), leaving the file at its first value.
+
+    Returns (shape, dtype). Raises ValueError, naming `name`, for anything else. Runs no code whatever the file holds.
+    """
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not version 1.0 of the .npy format")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        if fortran_order or min(shape, default=0) < 0:
+            raise ValueError("not a plain array in C order")
+    # numpy parses the header as a Python literal and lets through whatever Python's parser raises on a damaged one
+    except Exception as error:
+        raise ValueError(f"{name} is not a readable .npy file: {error or type(error).__name__}") from error
+    return shape, dtype
+
+
+def hash_file(path):
+    """SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _shard_name(number):
+    return f"latents-{number:05d}.npy"
+
+
+def _open_npy(path, shape, dtype):
+    """The file, unbuffered, at its first value. Raises ValueError if it does not hold just such an array."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 (handed to the caller)
+    try:
+        found = read_npy_header(file, path)
+        expected = (tuple(shape), dtype)
+        n_bytes = os.fstat(file.fileno()).st_size - file.tell()
+        if found != expected or n_bytes != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{path} was altered: expected an array of shape {expected[0]} and dtype {expected[1]}, found "
+                f"{found[0]} and {found[1]} with {n_bytes} bytes"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _read_exactly(file, buffer, offset):
+    while len(buffer):
+        n = os.preadv(file.fileno(), [buffer], offset)
+        if n == 0:
+            raise ValueError(f"{file.name} was truncated: nothing at byte {offset}. Copy it again, or extract again")
+        buffer, offset = buffer[n:], offset + n
+
+
+def _read_json(file):
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} should hold a JSON object, found {_short(value)}")
+    return value
+
+
+def _write_json(path, value):
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def _hash_json(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _check_index(index, file):
+    """`index` itself, if it is what this version writes and reading relies on. Raises ValueError naming `file`."""
+    if index.get("format") != FORMAT or index.get("version") != VERSION:
+        raise ValueError(
+            f"{file} is of format {_short(index.get('format'))} version {_short(index.get('version'))}, expected "
+            f"{FORMAT} version {VERSION}: extract again, or use the release of this project that wrote it"
+        )
+    if _hash_json({key: value for key, value in index.items() if key != "sha256"}) != index.get("sha256"):
+        raise ValueError(
+            f"{file} was altered: its contents do not match its own checksum. Copy it again, or extract again"
+        )
+
+    def require(condition, what):
+        if not condition:
+            raise ValueError(f"{file} is not valid: expected {what}")
+
+    shape = index.get("record_shape")
+    require(isinstance(shape, list) and shape and all(_is_count(n) and n > 0 for n in shape), "record_shape, a list")
+    require(index.get("dtype") in DTYPES, f"dtype, one of {', '.join(DTYPES)}")
+    names = index.get("class_names")
+    require(isinstance(names, list) and names and all(isinstance(name, str) for name in names), "class_names, a list")
+    identity = index.get("autoencoder")
+    require(isinstance(identity, dict) and {"sha256", "scaling_factor"} <= identity.keys(), "autoencoder, its identity")
+    shards = index.get("shards")
+    require(isinstance(shards, list) and shards, "shards, a list")
+    record_bytes = math.prod(shape) * np.dtype(index["dtype"]).itemsize
+    for shard in shards:
+        _check_shard_entry(shard, file)
+        require(shard["records"] * record_bytes < shard["bytes"], f"{shard['file']} to have room for its records")
+    labels = index.get("labels")
+    require(
+        isinstance(labels, dict) and labels.get("file") == "labels.npy" and _is_count(labels.get("bytes")), "labels"
+    )
+    require(isinstance(labels.get("sha256"), str), "the checksum of the labels")
+    n_records = index.get("n_records")
+    require(_is_count(n_records) and n_records > 0, "n_records, a positive number")
+    require(sum(shard["records"] for shard in shards) == n_records, "the records of all shards to add up to n_records")
+    return index
+
+
+def _check_shard_entry(entry, file):
+    valid = (
+        isinstance(entry, dict)
+        and isinstance(entry.get("file"), str)
+        and re.fullmatch(r"latents-\d{5,}\.npy", entry["file"])
+        and _is_count(entry.get("records"))
+        and _is_count(entry.get("bytes"))
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("skipped"), list)
+        and all(_is_count(i) for i in entry["skipped"])
+    )
+    if not valid:
+        raise ValueError(f"{file} is not valid: expected the entry of a shard, found {_short(entry)}")
+    return entry
+
+
+def _is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+@contextmanager
+def _naming(path):
+    """Gives an OSError of the block the path and the way out, once."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # named already
+            raise
+        raise OSError(
+            f"Cannot write {path}: {error.strerror}. Free space or permissions there, or set --out"
+        ) from error
