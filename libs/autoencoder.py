@@ -71,7 +71,8 @@ class Autoencoder:
         self.latent_channels = int(config.latent_channels)
         self.downsample = 2 ** (len(config.block_out_channels) - 1)
         self.identity = {"sha256": hash_weights(vae.state_dict()), "scaling_factor": self.scaling_factor}
-        self.vae = vae.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        # Module.to itself: diffusers' override warns, wrongly, at every cast of a model loaded in its file's precision
+        self.vae = torch.nn.Module.to(vae.eval().requires_grad_(False), device=device, dtype=dtype)
 
     def to(self, device):
         """Moves the weights to `device`; returns self."""

@@ -245,8 +245,8 @@ class StoreWriter:
             records = np.ascontiguousarray(records, dtype=self.settings["dtype"])
         if not np.isfinite(records).all():
             raise ValueError(
-                f"The moments of shard {number} are not all finite in {self.settings['dtype']}: set --dtype float32, or "
-                f"check the autoencoder"
+                f"The moments of shard {number} are not all finite in {self.settings['dtype']}: set --dtype float32, "
+                f"or check the autoencoder"
             )
         entry = self._write_npy(_shard_name(number), records)
         entry = {**entry, "records": len(records), "skipped": [int(i) for i in skipped]}

@@ -1,0 +1,244 @@
+"""Encode a folder of images into a store of autoencoder moments for training.
+
+    accelerate launch scripts/extract_imagenet_feature.py --images ~/imagenet/train --out assets/datasets/imagenet256
+
+`--images` is ImageNet's `train/`, any folder with one folder per class, or a folder of images alone (no classes).
+The images are cropped as ADM does, and each is encoded as it is and mirrored. Any number of processes on any number
+of machines that share `--out` can work together. Stopped at any moment and started again with the same settings, it
+goes on where it was; on the same kind of device with the same `--batch_size` the result is the same bytes, whatever
+the number of processes. Images that cannot be read are listed at the end; the store is then only completed with
+`--skip_unreadable`. The format is described in docs/latents.md.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from libs.autoencoder import load_autoencoder
+from libs.images import ImageTree, UnreadableImage, read_image
+from libs.latents import DTYPES, LatentStore, StoreWriter
+
+CROP = "adm-centre"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--images", required=True, help="folder with one folder per class, or of images alone")
+    parser.add_argument("--out", required=True, help="folder of the latent store")
+    parser.add_argument(
+        "--autoencoder",
+        default="assets/stable-diffusion/autoencoder_kl_ema.pth",
+        help="diffusers folder, hub id, or CompVis-named file",
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="side of the crop in pixels")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images per encoding (twice as many views with --flip)"
+    )
+    parser.add_argument(
+        "--shard_size", type=int, default=8192, help="images per file: the unit of work and of resuming"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=None, help="image-reading processes per process (default: all cores)"
+    )
+    parser.add_argument("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
+    args = parser.parse_args(argv)
+    for name in ("resolution", "batch_size", "shard_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
+    return args
+
+
+class ImageBatches(Dataset):
+    """Item j is batch j of `ranges` [(first, one past last image)]: (uint8 (B, 3, H, W) of the images that could be
+    read, [(index, reason)] of those that could not)."""
+
+    def __init__(self, tree, ranges, resolution):
+        self.tree, self.ranges, self.resolution = tree, ranges, resolution
+
+    def __len__(self):
+        return len(self.ranges)
+
+    def __getitem__(self, j):
+        images, unreadable = [], []
+        for i in range(*self.ranges[j]):
+            try:
+                images.append(read_image(self.tree.path(i), self.resolution))
+            except UnreadableImage as error:
+                unreadable.append((i, str(error)))
+        shape = (len(images), 3, self.resolution, self.resolution)
+        return torch.from_numpy(np.stack(images) if images else np.empty(shape, np.uint8)), unreadable
+
+
+def encode_batch(encode, images, flip):
+    """uint8 images (B, 3, H, W) -> moments (B * views, 2C, h, w) in numpy; a mirror image follows its image."""
+    images = images.float() / 127.5 - 1
+    if flip:
+        images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
+    return encode(images).cpu().numpy()
+
+
+def encode_shards(writer, shards, tree, encode, device, args, show_progress=True):
+    """Encode and write the given shards of the store.
+
+    Reading and cropping run ahead in worker processes, and a finished shard is written by a thread, so that the
+    encoder waits for neither. Batches start at the beginning of each shard, so their contents depend on nothing else.
+
+    Args:
+        writer: StoreWriter. shards: list of shard numbers. tree: ImageTree.
+        encode: function of float images (B, 3, H, W) in [-1, 1] on `device` to moments (B, 2C, h, w).
+
+    Returns:
+        [(image index, reason)] of the unreadable images. Unless args.skip_unreadable, their shards are not written.
+    """
+    ranges_of = {shard: batch_ranges(*writer.image_range(shard), args.batch_size) for shard in shards}
+    ranges = [r for shard in shards for r in ranges_of[shard]]
+    batches = iter(
+        DataLoader(
+            ImageBatches(tree, ranges, args.resolution),
+            batch_size=None,
+            num_workers=min(args.workers, len(ranges)),
+            pin_memory=device.type == "cuda",
+        )
+    )
+    n_views = 2 if args.flip else 1
+    all_unreadable = []
+    progress = tqdm(
+        total=sum(stop - start for start, stop in ranges), unit=" images", disable=not show_progress, smoothing=0.05
+    )
+    with ThreadPoolExecutor(1) as thread:
+        writing = None
+        for shard in shards:
+            first, last = writer.image_range(shard)
+            records = np.empty(((last - first) * n_views, *writer.settings["record_shape"]), args.dtype)
+            n_records, unreadable = 0, []
+            for start, stop in ranges_of[shard]:
+                images, problems = next(batches)
+                unreadable += problems
+                if len(images) and (args.skip_unreadable or not unreadable):
+                    moments = encode_batch(encode, images.to(device, non_blocking=True), args.flip)
+                    with np.errstate(over="ignore"):  # reported, with the remedy, when the shard is written
+                        records[n_records : n_records + len(moments)] = moments
+                    n_records += len(moments)
+                progress.update(stop - start)
+            all_unreadable += unreadable
+            if writing is not None:
+                writing.result()  # raises what the thread raised, and keeps at most two shards in memory
+            if args.skip_unreadable or not unreadable:
+                writing = thread.submit(writer.write_shard, shard, records[:n_records], [i for i, _ in unreadable])
+        if writing is not None:
+            writing.result()
+    progress.close()
+    return all_unreadable
+
+
+def batch_ranges(first, last, batch_size):
+    """[(start, stop)] of the batches of images first..last - 1."""
+    return [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+
+
+def check_space(path, n_bytes):
+    """Raises OSError if the file system of `path` has less than n_bytes free."""
+    free = shutil.disk_usage(path).free
+    if free < n_bytes:
+        raise OSError(
+            f"{path} needs {n_bytes / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free: free space, set another "
+            f"--out, or use --dtype float16"
+        )
+
+
+def extract(args, state):
+    """Make or complete the store `args.out`, working as one of `state`'s processes. Raises ValueError, OSError."""
+    tree = ImageTree(args.images)
+    autoencoder = load_autoencoder(args.autoencoder)
+    if args.resolution % autoencoder.downsample:
+        raise ValueError(
+            f"--resolution {args.resolution} is not a multiple of {autoencoder.downsample}, as {args.autoencoder} needs"
+        )
+    side = args.resolution // autoencoder.downsample
+    settings = {
+        "record_shape": [2 * autoencoder.latent_channels, side, side],
+        "dtype": args.dtype,
+        "resolution": args.resolution,
+        "flips": args.flip,
+        "crop": CROP,
+        "autoencoder": autoencoder.identity,
+        "class_names": tree.class_names,
+        "images_per_shard": args.shard_size,
+        "source": {"kind": "images", "n_images": len(tree), "names_sha256": tree.digest},
+    }
+    writer = StoreWriter(args.out, settings)
+    todo = None
+    if state.is_main_process:
+        writer.begin()
+        if writer.is_complete():
+            writer.remove_leftovers()
+        else:
+            done = writer.entries()
+            todo = [shard for shard in range(writer.n_shards) if shard not in done]
+            n_images = sum(last - first for first, last in map(writer.image_range, todo))
+            record_bytes = np.dtype(args.dtype).itemsize * int(np.prod(settings["record_shape"]))
+            check_space(args.out, n_images * (2 if args.flip else 1) * record_bytes)
+            print(f"{len(tree)} images in {len(tree.class_names)} classes; {n_images} to encode in {len(todo)} shards")
+    (todo,) = broadcast_object_list([todo])
+    if todo is None:
+        if state.is_main_process:
+            print(
+                f"{args.out} is complete with these settings ({len(LatentStore.open(args.out))} records): nothing to do"
+            )
+        return
+
+    if state.device.type == "cpu":
+        torch.set_num_threads(1)  # the number of threads changes the last bits of a convolution
+    torch.backends.cudnn.deterministic = True
+    autoencoder.to(state.device)
+    mine = todo[state.process_index :: state.num_processes]
+    unreadable = encode_shards(
+        writer, mine, tree, autoencoder.encode_moments, state.device, args, show_progress=state.is_main_process
+    )
+    unreadable = sorted(gather_object(unreadable))
+    if state.is_main_process:
+        if unreadable:
+            print(f"{len(unreadable)} images cannot be read:", *[reason for _, reason in unreadable], sep="\n  ")
+        if unreadable and not args.skip_unreadable:
+            raise ValueError(
+                f"{len(unreadable)} images (listed above) cannot be read: replace them, or give --skip_unreadable to "
+                f"leave them out; run again to complete {args.out}"
+            )
+        writer.finish(tree.labels, tree.name)
+        store = LatentStore.open(args.out)
+        print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    # Processes finish shards at different times: wait for hours, not for the default minutes.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+    if args.workers is None:
+        args.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    try:
+        extract(args, state)
+    except (ValueError, OSError) as error:
+        sys.exit(f"extract_imagenet_feature.py: {error}")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
