@@ -314,7 +314,7 @@ def euler_maruyama(
     x: Tensor,
     steps: int,
     ode: bool = False,
-    generator: torch.Generator | None = None,
+    draw: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Integrate the reverse SDE (or its probability-flow ODE) from noise x (B, C, H, W) at t = 1 to t = 0.
 
@@ -325,7 +325,7 @@ def euler_maruyama(
         noise_model: eps(x, t).
         schedule: a continuous schedule (it needs drift and diffusion).
         steps: number of moves and of network evaluations.
-        generator: where the noise is drawn from; the global generator when None.
+        draw: gives standard normal noise of the shape of x; from the global generator when None.
     """
     if not isinstance(schedule, ContinuousSchedule):
         raise ValueError("Euler-Maruyama needs a continuous schedule: set config.schedule to vpsde or vpsde_cosine")
@@ -340,6 +340,5 @@ def euler_maruyama(
         # dx = (f x - g² score) dt backwards in time, with score = -eps / sigma
         x = x * (1 - drift[i].item() * move) - eps * (score_weight * move)
         if not ode and i > 1:
-            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x = x + noise * (diffusion[i].item() * move**0.5)
+            x = x + (draw() if draw else torch.randn_like(x)) * (diffusion[i].item() * move**0.5)
     return x

@@ -3,12 +3,16 @@
 Nothing here unpickles freely: `.pth` files are read with weights_only=True.
 """
 
+import hashlib
+import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # (this project's name, released name); each pair is undone by its mirror image, so the table serves both directions.
@@ -95,3 +99,113 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a plain state dict of tensors, found something else inside")
     return state
+
+
+# --- Training checkpoints: a folder <step>.ckpt of safetensors files and one state.json -------------------------------
+
+STATE_FILE = "state.json"
+WEIGHTS_FILE = "nnet.safetensors"
+EMA_FILE = "nnet_ema.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    """Write a checkpoint folder so that it is either whole under its name or not there at all.
+
+    Args:
+        folder: where it will be; written under a temporary name, flushed to disk and renamed.
+        tensors: {file name: named tensors}.
+        state: everything else, as JSON; the files' SHA-256 are added under "sha256".
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, named in tensors.items():
+            save_file({k: v.detach().contiguous() for k, v in named.items()}, temporary / name)
+        digests = {name: file_digest(temporary / name) for name in tensors}
+        (temporary / STATE_FILE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
+        for path in [*temporary.iterdir(), temporary]:
+            flush_to_disk(path)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
+        temporary.rename(folder)
+        flush_to_disk(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """(state, {file name: tensors}) of a checkpoint folder, its files checked against their digests.
+
+    Raises:
+        ValueError: a damaged checkpoint; the message says what is wrong with which file.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        digests = state.pop("sha256")
+        for name, digest in digests.items():
+            if file_digest(folder / name) != digest:
+                raise ValueError(f"{folder / name} is not what was written (checksum differs)")
+        return state, {name: load_file(folder / name) for name in digests}
+    except (OSError, KeyError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The checkpoint folders under `root`, newest step first."""
+    folders = [p for p in root.glob("*.ckpt") if p.is_dir() and p.stem.isdigit()]
+    return sorted(folders, key=lambda p: int(p.stem), reverse=True)
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file that `path` stands for: itself, or of a checkpoint folder its EMA weights.
+
+    Takes a file, a checkpoint folder of this project (nnet_ema.safetensors) or of U-ViT style (nnet_ema.pth).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in (EMA_FILE, "nnet_ema.pth"):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"{path} is a folder without {EMA_FILE} or nnet_ema.pth: give a .ckpt folder or a file")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors, `<quantity>/<parameter name>`."""
+    return {
+        f"{quantity}/{name}": value
+        for name, parameter in model.named_parameters()
+        for quantity, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took out, on the parameters' devices."""
+    parameters = dict(model.named_parameters())
+    state = {}
+    for key, value in tensors.items():
+        quantity, name = key.split("/", 1)
+        state.setdefault(name, {})[quantity] = value
+    positions = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    # Through load_state_dict, which knows which of an optimiser's tensors belong on which device.
+    packed = optimizer.state_dict()
+    packed["state"] = {positions[id(parameters[name])]: values for name, values in state.items()}
+    optimizer.load_state_dict(packed)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,102 @@
+"""Every setting there is, with its unit, legal values and source. Experiment files state only their differences.
+
+Any field can be set on the command line: --config.train.batch_size=256, --config.nnet.stages[0].dim=768.
+Sizes that follow from others are derived where they are used (utils.py): patch sizes and position tables from z_shape
+and the number of stages, hidden widths from mlp_ratio, loss weights from the number of stages.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def d(**kwargs):
+    return ml_collections.ConfigDict(kwargs)
+
+
+def stage(block_type, dim, depth, num_heads=16, kernel_size=7, mlp_ratio=2.0):
+    """One branch of the network, for config.nnet.stages (coarsest first)."""
+    return d(
+        block_type=block_type,  # TransformerBlock or ConvNeXtBlock
+        dim=dim,  # width D
+        depth=depth,  # number of blocks, odd
+        num_heads=num_heads,  # attention heads, must divide dim (TransformerBlock only)
+        kernel_size=kernel_size,  # depthwise convolution, odd (ConvNeXtBlock only)
+        mlp_ratio=mlp_ratio,  # hidden width of the gated MLPs / dim
+    )
+
+
+def transformer(dim, depth, num_heads=16):
+    return stage("TransformerBlock", dim, depth, num_heads=num_heads)
+
+
+def convnext(dim, depth, kernel_size=7):
+    return stage("ConvNeXtBlock", dim, depth, kernel_size=kernel_size)
+
+
+def base():
+    """The ImageNet 256x256 recipe of the paper, without a network."""
+    config = ml_collections.ConfigDict()
+
+    config.seed = 1234  # decides weights, data order, training noise and samples
+    config.schedule = "sd"  # sd (Stable Diffusion's 1000 steps), vpsde or vpsde_cosine (continuous)
+    config.z_shape = (4, 32, 32)  # (channels, height, width) the network sees: latents (image / 8), or pixels
+    config.loss_coeffs = placeholder(tuple)  # weight per resolution, coarsest first; None: 1/4 per halving (released)
+
+    config.nnet = d(
+        norm_type="TDRMSN",  # TDRMSN (released), LN (time-dependent layer norm, the paper's text) or RMSN (no time)
+        block_grad_to_lowres=False,  # stop gradients from a branch into the coarser ones (released: no)
+        stages=(),  # tuple of stage(...), coarsest first; patch sizes are 2^(R-1), ..., 2, 1
+    )
+
+    config.dataset = d(
+        kind="latents",  # latents (store of scripts/extract_imagenet_feature.py) or images (class-per-folder tree)
+        path="assets/datasets/imagenet256_features",  # the store or the tree
+        n_classes=1000,  # classes, the null class not counted; 0: unconditional
+        p_uncond=0.1,  # probability of replacing a label by the null label (classifier-free guidance)
+        flip=True,  # images only: each image also mirrored (a store knows by itself)
+        num_workers=4,  # reading processes per training process; 0: read in the training process
+    )
+
+    config.autoencoder = d(
+        pretrained_path="assets/stable-diffusion/autoencoder_kl_ema.pth",  # file, folder or hub id; "": none (pixels)
+    )
+
+    config.train = d(
+        n_steps=1_000_000,  # updates
+        batch_size=1024,  # images per update over all processes
+        accumulation=1,  # forward-backward passes per update
+        log_interval=10,  # updates between log lines
+        eval_interval=5000,  # updates between grids of samples
+        save_interval=50_000,  # updates between checkpoints (one is also written at the end)
+        grid_classes=10,  # classes (rows) of the grid
+        grid_per_class=5,  # samples of each
+    )
+
+    config.optimizer = d(
+        lr=2e-4,
+        weight_decay=0.03,  # on everything but the time-dependent vectors' w and b
+        betas=(0.99, 0.99),
+    )
+    config.lr_scheduler = d(
+        warmup_steps=5000,  # updates of linear warm-up, then constant
+    )
+    config.ema_rate = 0.9999  # per update
+
+    config.sample = d(
+        algorithm="dpm_solver",  # dpm_solver (fast singlestep), euler_maruyama_sde or euler_maruyama_ode (continuous)
+        order=3,  # of dpm_solver: 1, 2 or 3
+        sample_steps=250,  # network evaluations per image when evaluating
+        grid_steps=50,  # network evaluations for the grids while training
+        n_samples=50_000,  # images of an evaluation; labels are balanced: i * n_classes // n_samples
+        mini_batch_size=50,  # images sampled at a time by one process; the same images whatever the processes
+        scale=1.4,  # guidance, 1: none (the released code writes this 0.4)
+        scale_pow=placeholder(float),  # > 0: power-cosine schedule of the scale; None: constant
+    )
+
+    config.fid_stat = "assets/fid_stats/fid_stats_imagenet256_guided_diffusion.npz"  # mu, sigma; "" or absent: no FID
+
+    config.wandb = d(
+        mode="disabled",  # disabled, offline or online; TensorBoard is always written
+        project="dimr",
+    )
+    return config

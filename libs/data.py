@@ -1,0 +1,96 @@
+"""Feeding training: which records a process reads at which step, and reading them ahead of time.
+
+A data set here is anything with `len()`, `record_shape`, `n_classes` and `read(indices) -> (records, labels)` as numpy
+arrays: a latent store (libs/latents.py) or a tree of images (libs/images.py).
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from libs.randomness import epoch_order
+
+
+def own_rows(batch_size: int, n_processes: int, process: int, accumulation: int, part: int) -> slice:
+    """The rows of the global batch that `process` handles in pass `part` of a step.
+
+    Raises:
+        ValueError: a batch that does not divide over processes and passes.
+    """
+    if batch_size % (n_processes * accumulation):
+        raise ValueError(
+            f"config.train.batch_size must be divisible by processes x accumulation; found {batch_size} for "
+            f"{n_processes} x {accumulation}"
+        )
+    size = batch_size // (n_processes * accumulation)
+    start = (process * accumulation + part) * size
+    return slice(start, start + size)
+
+
+class StepBatches:
+    """Batch sampler: for each step from `start_step` on, the record indices of this process, one list per pass.
+
+    The global batch of a step is a function of (seed, step) only: epoch after epoch in the order of `epoch_order`, the
+    last, incomplete batch of an epoch left out.
+    """
+
+    def __init__(
+        self,
+        n_records: int,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        n_processes: int = 1,
+        process: int = 0,
+        accumulation: int = 1,
+    ):
+        if n_records < batch_size:
+            raise ValueError(
+                f"the data set has {n_records} records, less than one batch of {batch_size}: lower "
+                "config.train.batch_size"
+            )
+        self.n_records, self.batch_size, self.seed, self.start_step = n_records, batch_size, seed, start_step
+        self.steps_per_epoch = n_records // batch_size
+        self.rows = [own_rows(batch_size, n_processes, process, accumulation, part) for part in range(accumulation)]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        first_epoch, first = divmod(self.start_step, self.steps_per_epoch)
+        for epoch in itertools.count(first_epoch):
+            order = epoch_order(self.n_records, self.seed, epoch)
+            for k in range(first if epoch == first_epoch else 0, self.steps_per_epoch):
+                batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+                for rows in self.rows:
+                    yield batch[rows]
+
+
+class TensorReads:
+    """A data set as PyTorch's loader wants it: a whole batch per request."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        records, labels = self.dataset.read(indices)
+        return torch.from_numpy(records), torch.from_numpy(labels)
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def make_loader(dataset, batches: StepBatches, num_workers: int, pin_memory: bool) -> DataLoader:
+    """An endless loader of (records, labels) in the order of `batches`, read ahead by worker processes."""
+    return DataLoader(
+        TensorReads(dataset),
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        # Own generator: making an iterator draws from the global one otherwise.
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,334 @@
+"""From a config to the things it describes, and what train.py and eval.py share: start-up, sampling, errors, end."""
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import accelerate
+import ml_collections
+import numpy as np
+import torch
+from absl import app, flags, logging
+from ml_collections import config_flags
+from torch import Tensor, nn
+from torchvision.io import read_image
+from torchvision.utils import make_grid, save_image
+
+import sde
+from libs.autoencoder import Autoencoder, load_autoencoder
+from libs.checkpoint import find_weights, load_weights, read_state_dict
+from libs.dimr import DiMR, StageSpec
+from libs.images import ImageDataset
+from libs.inception import find_inception, load_inception, pool_features
+from libs.latents import LatentStore
+from libs.metrics import frechet_distance, gaussian_statistics
+from libs.randomness import SampleNoise
+from libs.solvers import dpm_solver_fast
+
+ROOT = Path(__file__).resolve().parent
+
+# --- Objects from a config --------------------------------------------------------------------------------------------
+
+
+def build_stages(config: ml_collections.ConfigDict) -> list[StageSpec]:
+    """The branches, with the sizes that follow from z_shape and the number of stages.
+
+    Raises:
+        ValueError: values that make no branch; the message names the stage.
+    """
+    _, height, width = config.z_shape
+    specs = []
+    for r, stage in enumerate(config.nnet.stages):
+        patch = 2 ** (len(config.nnet.stages) - 1 - r)
+        if height % patch or width % patch:
+            raise ValueError(
+                f"config.z_shape must be divisible by the coarsest patch, 2^(stages - 1) = {patch}; "
+                f"found {height}x{width} with {len(config.nnet.stages)} stages"
+            )
+        try:
+            spec = StageSpec(
+                block_type=stage.block_type,
+                dim=stage.dim,
+                depth=stage.depth,
+                hidden_dim=round(stage.dim * stage.mlp_ratio),
+                patch_size=patch,
+                max_height=height // patch,
+                max_width=width // patch,
+                num_heads=stage.num_heads,
+                kernel_size=stage.kernel_size,
+            )
+        except ValueError as error:
+            raise ValueError(f"config.nnet.stages[{r}]: {error}") from error
+        specs.append(spec)
+    return specs
+
+
+def build_network(config: ml_collections.ConfigDict) -> DiMR:
+    """The network of a config, freshly initialised from the global generator."""
+    return DiMR(
+        build_stages(config),
+        channels=config.z_shape[0],
+        n_classes=config.dataset.n_classes,
+        norm_type=config.nnet.norm_type,
+        block_grad_to_lowres=config.nnet.block_grad_to_lowres,
+    )
+
+
+def loss_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
+    """config.loss_coeffs, or the published weights when it is None. Raises ValueError for a wrong number of them."""
+    n_stages = len(config.nnet.stages)
+    if config.loss_coeffs is None:
+        return sde.default_loss_weights(n_stages)
+    if len(config.loss_coeffs) != n_stages:
+        raise ValueError(
+            f"config.loss_coeffs needs one weight per stage, coarsest first; found {len(config.loss_coeffs)} for "
+            f"{n_stages} stages (leave it out for the published weights)"
+        )
+    return tuple(config.loss_coeffs)
+
+
+def open_autoencoder(config: ml_collections.ConfigDict, device: torch.device) -> Autoencoder | None:
+    """The autoencoder of a latent model, None for a pixel model.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_autoencoder`; also one that does not fit config.z_shape.
+    """
+    if not config.autoencoder.pretrained_path:
+        return None
+    autoencoder = load_autoencoder(config.autoencoder.pretrained_path, device=device)
+    if autoencoder.latent_channels != config.z_shape[0]:
+        raise ValueError(
+            f"config.z_shape has {config.z_shape[0]} channels but the autoencoder "
+            f"{config.autoencoder.pretrained_path} makes {autoencoder.latent_channels}"
+        )
+    return autoencoder
+
+
+def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | None) -> LatentStore | ImageDataset:
+    """The training data, checked against the config (and the autoencoder).
+
+    Raises:
+        FileNotFoundError: nothing at config.dataset.path; the message says how to make it.
+        ValueError: data of another shape, class count or autoencoder; the message names both.
+    """
+    kind, path = config.dataset.kind, config.dataset.path
+    if kind == "latents":
+        if autoencoder is None:
+            raise ValueError(
+                "config.dataset.kind is latents, which needs config.autoencoder.pretrained_path; found none"
+            )
+        channels, height, width = config.z_shape
+        dataset = LatentStore.open(path)
+        dataset.check_against(
+            record_shape=(2 * channels, height, width),
+            n_classes=config.dataset.n_classes or None,  # an unconditional model does not care
+            autoencoder=autoencoder.identity,
+        )
+        return dataset
+    if kind == "images":
+        channels, height, width = config.z_shape
+        if channels != 3 or height != width:
+            raise ValueError(f"pixel models need config.z_shape (3, size, size); found {tuple(config.z_shape)}")
+        dataset = ImageDataset(path, height, flip=config.dataset.flip)
+        if config.dataset.n_classes not in (0, dataset.n_classes):
+            raise ValueError(
+                f"config.dataset.n_classes is {config.dataset.n_classes}, but {path} has {dataset.n_classes} folders"
+            )
+        return dataset
+    raise ValueError(f"config.dataset.kind must be latents or images; found {kind!r}")
+
+
+def load_network_weights(nnet: nn.Module, path: str | Path) -> Path:
+    """Load weights from a file or a checkpoint folder (its EMA weights); returns the file that was read."""
+    file = find_weights(path)
+    load_weights(nnet, read_state_dict(file), source=str(file))
+    return file
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+SAMPLERS = ("dpm_solver", "euler_maruyama_sde", "euler_maruyama_ode")
+
+
+def check_sampling(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for sampling settings that cannot work, before anything is loaded."""
+    sample = config.sample
+    if sample.algorithm not in SAMPLERS:
+        raise ValueError(f"config.sample.algorithm must be one of {', '.join(SAMPLERS)}; found {sample.algorithm!r}")
+    if sample.algorithm != "dpm_solver" and config.schedule == "sd":
+        raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
+    if sample.algorithm == "dpm_solver" and sample.sample_steps < sample.order:
+        raise ValueError(
+            f"config.sample.sample_steps must be at least the solver's order, {sample.order}; "
+            f"found {sample.sample_steps}"
+        )
+    for name in ("n_samples", "mini_batch_size", "sample_steps"):
+        if sample[name] < 1:
+            raise ValueError(f"config.sample.{name} must be at least 1; found {sample[name]}")
+    sde.check_guidance(sample.scale, sample.scale_pow)
+    if sample.scale > 1 and config.dataset.n_classes == 0:
+        raise ValueError(
+            "an unconditional model (config.dataset.n_classes 0) cannot be guided: set config.sample.scale=1"
+        )
+
+
+def balanced_label(index: int, n_samples: int, n_classes: int) -> int:
+    """Label of sample `index` of a class-balanced set: index // (n_samples / n_classes); 0 (null) if unconditional."""
+    return index * n_classes // n_samples
+
+
+def make_sampler(
+    config: ml_collections.ConfigDict,
+    nnet: nn.Module,
+    null_label: int,
+    schedule: sde.Schedule,
+    autoencoder: Autoencoder | None,
+    accelerator: accelerate.Accelerator,
+    steps: int,
+) -> Callable[[Sequence[int], Sequence[int]], Tensor]:
+    """The one way from a network to images: sample(indices, labels) -> uint8 images (B, 3, H, W) on the device.
+
+    Image i depends on (config.seed, i, its label) and, through the arithmetic, on the batch it is made in.
+    """
+    device, settings = accelerator.device, config.sample
+
+    @torch.no_grad()
+    def sample(indices: Sequence[int], labels: Sequence[int]) -> Tensor:
+        bad = [label for label in labels if not 0 <= label <= null_label]
+        if bad:
+            raise ValueError(f"labels must be in 0..{null_label} ({null_label}: no class); found {bad[0]}")
+        noise = SampleNoise(indices, config.seed, tuple(config.z_shape), device)
+        x = noise.draw()
+        y = torch.tensor(labels, device=device)
+        noise_model = sde.guided_noise_model(nnet, schedule, y, null_label, settings.scale, settings.scale_pow)
+        with accelerator.autocast():
+            if settings.algorithm == "dpm_solver":
+                x = dpm_solver_fast(noise_model, schedule, x, steps, settings.order)
+            else:
+                ode = settings.algorithm == "euler_maruyama_ode"
+                x = sde.euler_maruyama(noise_model, schedule, x, steps, ode, noise.draw)
+        if autoencoder is not None:
+            x = autoencoder.decode(x)
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    return sample
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(make_grid(images.float() / 255, nrow=columns, padding=2), path)
+
+
+def report_fid(fid_stat: str, folder: Path, n_samples: int, device: torch.device) -> float | None:
+    """FID (pytorch-fid's features) of the images 0.png ... in `folder` against the statistics file `fid_stat`.
+
+    Needs the statistics (npz with mu, sigma) and the Inception weights; without either it says what is missing and
+    returns None.
+    """
+    if not fid_stat or not Path(fid_stat).is_file():
+        logging.info("no FID: no reference statistics at %r (set config.fid_stat)", fid_stat)
+        return None
+    try:
+        inception = load_inception(find_inception(ROOT / "assets"), device)
+    except FileNotFoundError as error:
+        logging.info("no FID: %s", error)
+        return None
+    with np.load(fid_stat) as reference:
+        mu, sigma = reference["mu"], reference["sigma"]
+    batches = (
+        torch.stack([read_image(str(folder / f"{i}.png")) for i in range(start, min(start + 50, n_samples))])
+        for start in range(0, n_samples, 50)
+    )
+    fid = frechet_distance(*gaussian_statistics(pool_features(inception, batches, device)), mu, sigma)
+    logging.info("FID of %d images against %s: %.4f", n_samples, fid_stat, fid)
+    return fid
+
+
+class MetricsLog:
+    """A file of one JSON object per logged step, flushed at each; resuming at a step drops what came after it."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+# --- Start and end of a program ---------------------------------------------------------------------------------------
+
+
+def make_accelerator(**kwargs) -> accelerate.Accelerator:
+    """The accelerator of this process. It must be told of a missing GPU, or it takes two processes for two runs."""
+    timeout = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    return accelerate.Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout], **kwargs)
+
+
+def finish(accelerator: accelerate.Accelerator) -> None:
+    """End a program's processes together. Call it when nothing holds the wrapped model or its optimiser any more.
+
+    Without this order gloo's threads now and then abort the process at exit.
+    """
+    gc.collect()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def config_json(config: ml_collections.ConfigDict) -> dict:
+    """A config as plain JSON values."""
+    return json.loads(config.to_json_best_effort())
+
+
+def define_config_flag(help_text: str) -> None:
+    """The --config flag: a Python file with get_config(), its fields overridable as --config.a.b=value."""
+    config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+    flags.mark_flag_as_required("config")
+
+
+def config_name() -> str:
+    """Name of the file given by --config, without folder and ending."""
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+
+
+def no_arguments(argv: list[str]) -> None:
+    """Raises ValueError for words on the command line that belong to no flag."""
+    if len(argv) > 1:
+        raise ValueError(f"expected only flags of the form --name=value; found {' '.join(argv[1:])}")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """app.run, with errors of the project's own checks shown as one line instead of a stack trace.
+
+    A ValueError or OSError raised anywhere else (a library, a bug) keeps its stack trace.
+    """
+
+    def clear_main(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (ValueError, OSError) as error:
+            if not raised_by_own_check(error):
+                raise
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(3)  # if the first process fails alike, the launcher ends this one before it says it again
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # not sys.exit: other processes may be waiting for this one, which must not wait for them
+
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    app.run(clear_main)
+
+
+def raised_by_own_check(error: BaseException) -> bool:
+    """Was it raised by a line of this project (and not by a library or the interpreter)?"""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).is_relative_to(ROOT) and "site-packages" not in frame.filename and "raise" in frame.line
