@@ -17,6 +17,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 # Stable Diffusion's KL-f8 autoencoder. CompVis-named files carry no config, so they are read as this one.
 SD_CONFIG = {
@@ -55,7 +56,7 @@ class Autoencoder:
         identity: {"sha256", "scaling_factor"}: what makes two autoencoders the same, whatever file they came from.
     """
 
-    def __init__(self, vae, dtype=torch.float32, device="cpu"):
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         """Takes over `vae`, whose weights should still have the precision of their file: the identity hashes them.
 
         Raises ValueError if its latents need more than one scale (a shift or per-channel statistics).
@@ -74,13 +75,13 @@ class Autoencoder:
         # Module.to itself: diffusers' override warns, wrongly, at every cast of a model loaded in its file's precision
         self.vae = torch.nn.Module.to(vae.eval().requires_grad_(False), device=device, dtype=dtype)
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Autoencoder":
         """Moves the weights to `device`; returns self."""
         self.vae.to(device)
         return self
 
     @torch.no_grad()
-    def encode_moments(self, images, batch_size=None):
+    def encode_moments(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """Means and log-variances of the latents.
 
         Args:
@@ -98,7 +99,7 @@ class Autoencoder:
         return self._in_batches(lambda x: self.vae.encode(x).latent_dist.parameters, images, batch_size)
 
     @torch.no_grad()
-    def decode(self, latents, batch_size=16):
+    def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:
         """Images of scaled latents.
 
         Args:
@@ -120,7 +121,7 @@ class Autoencoder:
         return torch.cat([function(part.to(weights.device, weights.dtype)).float().to(x.device) for part in parts])
 
 
-def sample_latents(moments, noise, scaling_factor):
+def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
     """Latents for training: scaling_factor * (mean + std * noise), computed in float32.
 
     Args:
@@ -135,7 +136,7 @@ def sample_latents(moments, noise, scaling_factor):
     return scaling_factor * (mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * noise.float())
 
 
-def hash_weights(state_dict):
+def hash_weights(state_dict: dict[str, Tensor]) -> str:
     """SHA-256 over named tensors: names (sorted), shapes and float32 values, so the file format does not enter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
@@ -144,7 +145,9 @@ def hash_weights(state_dict):
     return digest.hexdigest()
 
 
-def load_autoencoder(path, dtype=torch.float32, device="cpu"):
+def load_autoencoder(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Autoencoder:
     """Loads an autoencoder from a diffusers folder, a hub id or a CompVis-named file.
 
     Args:
@@ -173,7 +176,7 @@ def load_autoencoder(path, dtype=torch.float32, device="cpu"):
     return Autoencoder(vae, dtype, device)
 
 
-def _looks_like_hub_id(path):
+def _looks_like_hub_id(path: str) -> bool:
     """owner/name, where `owner` is no folder here (else it is a missing local path) and `name` no weight file."""
     return (
         re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
@@ -182,7 +185,7 @@ def _looks_like_hub_id(path):
     )
 
 
-def _fetch_from_hub(hub_id):
+def _fetch_from_hub(hub_id: str) -> Path:
     patterns = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
     try:  # what was fetched once is used without asking the network again
         return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
@@ -199,7 +202,7 @@ def _fetch_from_hub(hub_id):
         ) from error
 
 
-def _load_folder(folder):
+def _load_folder(folder: Path) -> AutoencoderKL:
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
@@ -212,7 +215,7 @@ def _load_folder(folder):
     return vae
 
 
-def _load_compvis(path):
+def _load_compvis(path: Path) -> AutoencoderKL:
     state = _read_tensors(path)
     if any(name.startswith("encoder.down_blocks.") for name in state):
         raise ValueError(
@@ -239,7 +242,7 @@ def _load_compvis(path):
     return vae
 
 
-def _read_tensors(path):
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Named tensors of a weight file. Pickled files are read with weights_only=True: tensors, and no code."""
     try:
         if path.suffix == ".safetensors":

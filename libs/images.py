@@ -5,6 +5,7 @@ Axes: B batch, H W pixels.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ class UnreadableImage(ValueError):
     """A file that should be a picture and is not; the message names it and the reason."""
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL image of any mode -> mode RGB.
 
     Greyscale is repeated, CMYK converted, transparency (also of palettes) laid over white, 16 bits scaled to 8.
@@ -36,7 +37,7 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def centre_crop(image, size):
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's crop (Dhariwal & Nichol 2021): halve by box while the short side is at least twice `size`, resize the
     short side to `size` bicubically (also upwards, if the picture is smaller), keep the centre.
 
@@ -55,7 +56,7 @@ def centre_crop(image, size):
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def read_image(path, size):
+def read_image(path: str | Path, size: int) -> np.ndarray:
     """One picture file as uint8 (3, size, size), cropped by `centre_crop`.
 
     The orientation tag of a photo is not applied, as in ADM's statistics. Raises UnreadableImage, naming the file.
@@ -83,7 +84,7 @@ class ImageTree:
         digest: SHA-256 of the relative paths in order: the same for the same tree, wherever it lies.
     """
 
-    def __init__(self, root):
+    def __init__(self, root: str | Path):
         """Raises FileNotFoundError if `root` is no folder, ValueError if it is empty, mixed, or a class is empty."""
         self.root = str(root)
         if not os.path.isdir(root):
@@ -114,15 +115,15 @@ class ImageTree:
         self._ends = np.cumsum([len(name) + 1 for name in names]) - 1
         self.digest = hashlib.sha256(self._names).hexdigest()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         """Path of picture i relative to the root, with forward slashes."""
         start = self._ends[i - 1] + 1 if i else 0
         return os.fsdecode(self._names[start : self._ends[i]])
 
-    def path(self, i):
+    def path(self, i: int) -> str:
         """Path of picture i."""
         return os.path.join(self.root, self.name(i))
 
@@ -137,17 +138,17 @@ class ImageDataset:
         n_classes, class_names: the classes of the tree.
     """
 
-    def __init__(self, root, resolution, flip=False):
+    def __init__(self, root: str | Path, resolution: int, flip: bool = False):
         self.tree = ImageTree(root)
         self.flip = bool(flip)
         self.record_shape = (3, resolution, resolution)
         self.class_names = self.tree.class_names
         self.n_classes = len(self.class_names)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tree) * (2 if self.flip else 1)
 
-    def read(self, indices):
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Records and labels: (uint8 (B, 3, H, W), int64 (B,)). Raises UnreadableImage, IndexError."""
         indices = np.asarray(indices, dtype=np.int64)
         records = np.empty((len(indices), *self.record_shape), dtype=np.uint8)

@@ -22,8 +22,10 @@ import math
 import os
 import re
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -42,7 +44,7 @@ class LatentStore:
         autoencoder: identity of the autoencoder it was made with, {"sha256", "scaling_factor"}.
     """
 
-    def __init__(self, path, meta):
+    def __init__(self, path: str | Path, meta: dict):
         """`LatentStore.open` is the way in: it reads and checks `meta`."""
         self.path, self.meta = Path(path), meta
         self.dtype = np.dtype(meta["dtype"])
@@ -55,7 +57,7 @@ class LatentStore:
         self._files, self._labels = {}, None
 
     @classmethod
-    def open(cls, path):
+    def open(cls, path: str | Path) -> "LatentStore":
         """Opens the store in folder `path`. Takes the same time whatever the number of records.
 
         Raises FileNotFoundError if there is no store or a file of it is missing, ValueError if the index is not one
@@ -75,13 +77,13 @@ class LatentStore:
                 )
         return store
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self):
         return {**self.__dict__, "_files": {}, "_labels": None}
 
-    def read(self, indices):
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Records and labels, in the order of `indices`.
 
         Args:
@@ -112,7 +114,7 @@ class LatentStore:
             _read_exactly(file, rows[row], start + offset)
         return records, self._read_labels(indices)
 
-    def verify(self):
+    def verify(self) -> None:
         """Reads every file and compares its SHA-256 with the index. Raises ValueError naming all that differ."""
         entries = [*self.meta["shards"], self.meta["labels"]]
         altered = [entry["file"] for entry in entries if hash_file(self.path / entry["file"]) != entry["sha256"]]
@@ -122,7 +124,12 @@ class LatentStore:
                 f"or delete them and run the extraction again, which makes these files anew"
             )
 
-    def check_against(self, autoencoder=None, record_shape=None, n_classes=None):
+    def check_against(
+        self,
+        autoencoder: dict | None = None,
+        record_shape: Sequence[int] | None = None,
+        n_classes: int | None = None,
+    ) -> None:
         """Raises ValueError naming both sides if the store was made with another autoencoder (its `identity`), holds
         records of another shape, or another number of classes than the caller is set to. None is not compared."""
         wanted = {
@@ -176,13 +183,13 @@ class StoreWriter:
             `flips`, `crop`, `autoencoder`, `class_names`, `images_per_shard`, and `source`, a dict with `n_images`.
     """
 
-    def __init__(self, path, settings):
+    def __init__(self, path: str | Path, settings: dict):
         self.path = Path(path)
         settings = {"format": FORMAT, "version": VERSION, **settings}
         self.settings = json.loads(json.dumps(settings))  # as it will be read back, to compare
         self.n_shards = -(-settings["source"]["n_images"] // settings["images_per_shard"])
 
-    def begin(self):
+    def begin(self) -> None:
         """Makes the folder, or checks that what is there was begun with the same settings. One process calls it,
         before any writes.
 
@@ -203,12 +210,12 @@ class StoreWriter:
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink()
 
-    def image_range(self, shard):
+    def image_range(self, shard: int) -> tuple[int, int]:
         """(first, one past the last) image of shard number `shard`."""
         first = shard * self.settings["images_per_shard"]
         return first, min(first + self.settings["images_per_shard"], self.settings["source"]["n_images"])
 
-    def entries(self):
+    def entries(self) -> dict[int, dict]:
         """{shard number: its entry} for the shards that are complete on disk."""
         found = {}
         if (self.path / "index.json").exists():
@@ -223,7 +230,7 @@ class StoreWriter:
             if name in numbers and (self.path / name).is_file() and (self.path / name).stat().st_size == entry["bytes"]
         }
 
-    def is_complete(self):
+    def is_complete(self) -> bool:
         """Whether index.json is there and every file has the size it states."""
         try:
             LatentStore.open(self.path)
@@ -231,7 +238,7 @@ class StoreWriter:
             return False
         return True
 
-    def write_shard(self, number, records, skipped=()):
+    def write_shard(self, number: int, records: np.ndarray, skipped: Sequence[int] = ()) -> None:
         """Writes shard `number` whole: under a temporary name, to the disk, then renamed; then its entry.
 
         Args:
@@ -252,7 +259,7 @@ class StoreWriter:
         entry = {**entry, "records": len(records), "skipped": [int(i) for i in skipped]}
         _write_json(self.path / _shard_name(number).replace(".npy", ".json"), entry)
 
-    def finish(self, labels, names=None):
+    def finish(self, labels: Sequence[int], names: Callable[[int], str] = str) -> None:
         """Writes labels.npy and index.json, once every shard is there, and removes what only an unfinished store needs.
 
         Args:
@@ -274,7 +281,7 @@ class StoreWriter:
             "n_images": len(labels),
             "n_records": len(labels) * n_views,
             "images_per_class": np.bincount(labels, minlength=len(self.settings["class_names"])).tolist(),
-            "skipped": [names(i) if names else str(i) for i in skipped],
+            "skipped": [names(i) for i in skipped],
             "labels": self._write_npy("labels.npy", np.repeat(labels, n_views)),
             "shards": shards,
         }
@@ -283,7 +290,7 @@ class StoreWriter:
         _write_json(self.path / "index.json", index)
         self.remove_leftovers()
 
-    def remove_leftovers(self):
+    def remove_leftovers(self) -> None:
         """Removes the files that only an unfinished store needs."""
         for file in [*self.path.glob("latents-*.json"), self.path / "unfinished.json"]:
             file.unlink(missing_ok=True)
@@ -309,7 +316,7 @@ class StoreWriter:
             )
 
 
-def read_index(path):
+def read_index(path: str | Path) -> dict:
     """index.json of the store at `path`, checked to be whole and consistent.
 
     Raises FileNotFoundError if there is none (saying whether an unfinished store is), ValueError if it is not valid.
@@ -327,7 +334,7 @@ def read_index(path):
 
 
 @contextmanager
-def replacing(path):
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only once it is whole and on the disk.
 
     On any error the temporary file is removed and whatever was at `path` stays. OSErrors name `path`.
@@ -350,7 +357,7 @@ def replacing(path):
             temporary.unlink(missing_ok=True)
 
 
-def read_npy_header(file, name):
+def read_npy_header(file: BinaryIO, name: str | Path) -> tuple[tuple[int, ...], np.dtype]:
     """Reads the header of an open .npy file (version 1.0, C order), leaving the file at its first value.
 
     Returns (shape, dtype). Raises ValueError, naming `name`, for anything else. Runs no code whatever the file holds.
@@ -367,7 +374,7 @@ def read_npy_header(file, name):
     return shape, dtype
 
 
-def hash_file(path):
+def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
