@@ -1,0 +1,190 @@
+"""Train the small KL autoencoder of the digits and save it as a diffusers folder.
+
+    python scripts/make_digits.py --out workdir/quickstart/digits
+    python scripts/train_autoencoder.py --images workdir/quickstart/digits/train \\
+        --held_out workdir/quickstart/digits/held_out --out assets/digits_autoencoder
+"""
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from tqdm import tqdm
+
+MAX_SHIFT = 2  # pixels; the digits leave at least this much black around them
+
+
+def read_images(root):
+    """A class-per-folder tree of RGB PNGs of one size -> (N, 3, H, W) float32 in [-1, 1], in the order of the paths."""
+    paths = sorted(Path(root).glob("*/*.png"))
+    if not paths:
+        raise ValueError(f"no images {root}/<class>/<id>.png: make them with scripts/make_digits.py, or set the folder")
+    arrays = []
+    for path in paths:
+        with Image.open(path) as image:
+            arrays.append(np.asarray(image.convert("RGB")))
+        if arrays[-1].shape != arrays[0].shape:
+            raise ValueError(
+                f"{path} is of shape {arrays[-1].shape}, {paths[0]} of {arrays[0].shape}: expected one size"
+            )
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def build_autoencoder(image_size):
+    """The autoencoder: 3 x H x W images to 4 x H/4 x W/4 latents, 0.41M parameters, 1.6 MB in float32."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=image_size,
+        mid_block_add_attention=False,
+    )
+
+
+def shifted(images, generator):
+    """Each image of (B, 3, H, W) moved by up to MAX_SHIFT pixels in both directions, black moving in."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (MAX_SHIFT,) * 4, value=-1.0)
+    offsets = torch.randint(0, 2 * MAX_SHIFT + 1, (len(images), 2), generator=generator).tolist()
+    return torch.stack([image[:, i : i + height, j : j + width] for image, (i, j) in zip(padded, offsets, strict=True)])
+
+
+def train(images, *, n_steps, batch_size, lr, kl_weight, seed):
+    """Fit an autoencoder to `images` (N, 3, H, W) in [-1, 1] by squared error + kl_weight · KL, both means."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    autoencoder = build_autoencoder(images.shape[-1]).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=n_steps, pct_start=0.05)
+    progress = tqdm(range(n_steps), desc="autoencoder")
+    for step in progress:
+        batch = images[torch.randint(0, len(images), (batch_size,), generator=generator)]
+        batch = shifted(batch, generator).contiguous(memory_format=torch.channels_last)
+        posterior = autoencoder.encode(batch).latent_dist
+        reconstruction = autoencoder.decode(posterior.sample(generator)).sample
+        error = F.mse_loss(reconstruction, batch)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()  # nats per latent element
+        optimizer.zero_grad()
+        (error + kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(psnr=f"{psnr(error.item()):.1f}", kl=f"{kl.item():.2f}")
+    return autoencoder.eval()
+
+
+def psnr(mean_squared_error):
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
+    return 10 * np.log10(4 / mean_squared_error)
+
+
+@torch.no_grad()
+def measure(autoencoder, images, seed=0):
+    """Encode, sample and decode `images` (N, 3, H, W); PSNRs in dB, times in seconds."""
+    posterior = autoencoder.encode(images).latent_dist
+    latents = posterior.sample(torch.Generator().manual_seed(seed))
+    started = time.perf_counter()
+    reconstructions = autoencoder.decode(latents).sample.clamp(-1, 1)
+    seconds = time.perf_counter() - started
+    from_mean = autoencoder.decode(posterior.mean).sample.clamp(-1, 1)
+    return {
+        "reconstructions": reconstructions,
+        "psnr_sampled": psnr(F.mse_loss(reconstructions, images).item()),
+        "psnr_mean": psnr(F.mse_loss(from_mean, images).item()),
+        "latents": latents,
+        "posterior_std": posterior.std.mean().item(),
+        "decode_seconds": seconds,
+    }
+
+
+def save(autoencoder, out):
+    """Save the diffusers folder under a temporary name and rename it."""
+    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    try:
+        autoencoder.to(memory_format=torch.contiguous_format).save_pretrained(temporary)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sum(path.stat().st_size for path in out.iterdir())
+
+
+def side_by_side(originals, reconstructions, path, n_columns=20, n_rows=5):
+    """Write a PNG of rows of originals, each above its reconstructions; both (N, 3, H, W) in [-1, 1]."""
+    rows = []
+    for i in range(0, min(len(originals), n_rows * n_columns), n_columns):
+        for images in (originals[i : i + n_columns], reconstructions[i : i + n_columns]):
+            rows.append(torch.cat(tuple(images), dim=2))
+    grid = torch.cat(rows, dim=1).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", default="workdir/quickstart/digits/train", help="class-per-folder training images")
+    parser.add_argument(
+        "--held_out", default="workdir/quickstart/digits/held_out", help="images to measure the error on"
+    )
+    parser.add_argument("--out", default="assets/digits_autoencoder", help="diffusers folder to write")
+    parser.add_argument("--picture", help="PNG to write with held-out images above their reconstructions")
+    parser.add_argument("--n_steps", type=int, default=1500)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--kl_weight", type=float, default=1e-3, help="weight of the KL in nats per latent element")
+    parser.add_argument("--seed", type=int, default=1234)
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train_autoencoder.py: {error}") from None
+
+
+def run(args):
+    out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"{out} exists: remove it, or give another --out")
+    images, held_out = read_images(args.images), read_images(args.held_out)
+    started = time.perf_counter()
+    autoencoder = train(
+        images,
+        n_steps=args.n_steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        kl_weight=args.kl_weight,
+        seed=args.seed,
+    )
+    seconds = time.perf_counter() - started
+    latents = measure(autoencoder, images)["latents"]
+    # The published rule for latents: scaled to unit variance over the training set.
+    autoencoder.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    n_bytes = save(autoencoder, out)
+    result = measure(autoencoder, held_out)
+    if args.picture:
+        side_by_side(held_out, result["reconstructions"], Path(args.picture))
+    channel_std = ", ".join(f"{std:.2f}" for std in latents.std(dim=(0, 2, 3)))
+    print(f"{out}: {n_bytes / 1e6:.2f} MB after {seconds:.0f} s on {torch.get_num_threads()} thread(s)")
+    print(
+        f"held-out PSNR {result['psnr_mean']:.2f} dB from mean latents, "
+        f"{result['psnr_sampled']:.2f} dB from sampled ones"
+    )
+    print(f"scaling_factor {autoencoder.config.scaling_factor}; latent std per channel {channel_std}")
+    print(
+        f"mean posterior std {result['posterior_std']:.3f}; decoding {len(held_out)}: {result['decode_seconds']:.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
