@@ -1,0 +1,467 @@
+import errno
+import json
+import os
+import pickle
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from torch.utils.data import DataLoader
+
+import libs.latents
+from libs.latents import LatentStore, StoreWriter, hash_file, read_index, read_npy_header, replacing
+
+SHAPE = (8, 4, 4)
+IDENTITY = {"sha256": "ab" * 32, "scaling_factor": 0.18215}
+
+
+def settings(n_images=25, **changes):
+    base = {
+        "record_shape": SHAPE,
+        "dtype": "float16",
+        "resolution": 32,
+        "flips": True,
+        "crop": "adm-centre",
+        "autoencoder": IDENTITY,
+        "class_names": ["ant", "bee", "cat"],
+        "images_per_shard": 10,
+        "source": {"kind": "test", "n_images": n_images},
+    }
+    return {**base, **changes}
+
+
+def moments(n_records, seed=0):
+    return np.random.default_rng(seed).standard_normal((n_records, *SHAPE)).astype(np.float16)
+
+
+def write_store(path, skipped=(), **changes):
+    """A store of 25 images, written out of order. Returns (records, labels) that it should hold."""
+    writer = StoreWriter(path, settings(**changes))
+    writer.begin()
+    views = 2 if writer.settings["flips"] else 1
+    records, labels = moments(25 * views), np.arange(25) % 3
+    kept = [i for i in range(25) if i not in skipped]
+    rows = [i * views + view for i in kept for view in range(views)]
+    for shard in reversed(range(writer.n_shards)):
+        first, last = writer.image_range(shard)
+        inside = [row for row in rows if first * views <= row < last * views]
+        writer.write_shard(shard, records[inside], [i for i in skipped if first <= i < last])
+    writer.finish(labels, names=lambda i: f"image {i}")
+    return records[rows], np.repeat(labels[kept], views)
+
+
+def rewrite_index(path, change):
+    """Apply `change` to index.json and give it a fitting checksum again."""
+    index = json.loads((path / "index.json").read_text())
+    change(index)
+    index["sha256"] = libs.latents._hash_json({key: value for key, value in index.items() if key != "sha256"})
+    (path / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("changes", [{}, {"flips": False}, {"dtype": "float32"}, {"images_per_shard": 25}])
+def test_reads_back_what_was_written_in_any_order(tmp_path, changes):
+    records, labels = write_store(tmp_path / "store", **changes)
+    store = LatentStore.open(tmp_path / "store")
+    assert len(store) == len(records) and store.record_shape == SHAPE and store.n_classes == 3
+    assert store.class_names == ["ant", "bee", "cat"] and store.autoencoder == IDENTITY
+    order = np.random.default_rng(1).permutation(len(records))
+    read, read_labels = store.read(order)
+    assert read.dtype == store.meta["dtype"] and read_labels.dtype == np.int64
+    assert np.array_equal(read, records[order]) and np.array_equal(read_labels, labels[order])
+    assert store.read([])[0].shape == (0, *SHAPE)
+    assert np.array_equal(store.read([7, 7])[0], records[[7, 7]])
+    store.verify()
+
+
+def test_index_describes_the_store(tmp_path):
+    _, labels = write_store(tmp_path / "store")
+    meta = LatentStore.open(tmp_path / "store").meta
+    assert (meta["version"], meta["n_images"], meta["n_records"]) == (1, 25, 50)
+    assert meta["images_per_class"] == np.bincount(labels[::2]).tolist()
+    assert (meta["resolution"], meta["flips"], meta["crop"], meta["dtype"]) == (32, True, "adm-centre", "float16")
+    assert all(entry["sha256"] == hash_file(tmp_path / "store" / entry["file"]) for entry in meta["shards"])
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
+        "index.json",
+        "labels.npy",
+        "latents-00000.npy",
+        "latents-00001.npy",
+        "latents-00002.npy",
+    ]
+
+
+def test_numpy_alone_opens_it(tmp_path):
+    records, labels = write_store(tmp_path / "store")
+    arrays = [np.load(tmp_path / "store" / f"latents-0000{k}.npy", mmap_mode="r") for k in range(3)]
+    assert np.array_equal(np.concatenate(arrays), records)
+    assert np.array_equal(np.load(tmp_path / "store" / "labels.npy"), labels)
+
+
+def test_skipped_images_leave_no_gap(tmp_path):
+    records, labels = write_store(tmp_path / "store", skipped=[0, 3, *range(10, 20)])  # the whole second shard
+    store = LatentStore.open(tmp_path / "store")
+    assert len(store) == 26 and store.meta["skipped"][:2] == ["image 0", "image 3"]
+    read, read_labels = store.read(range(26))
+    assert np.array_equal(read, records) and np.array_equal(read_labels, labels)
+
+
+def test_works_in_loader_workers_and_after_pickling(tmp_path):
+    records, labels = write_store(tmp_path / "store")
+    store = LatentStore.open(tmp_path / "store")
+    store.read([0, 49])  # open files must not travel
+
+    class Batches:
+        def __getitems__(self, indices):
+            return [torch.from_numpy(array) for array in store.read(indices)]
+
+    order = np.random.default_rng(0).permutation(50)
+    sampler = [order[:20], order[20:40], order[40:]]
+    loader = DataLoader(Batches(), batch_sampler=sampler, num_workers=2, collate_fn=list)
+    read, read_labels = (torch.cat(parts).numpy() for parts in zip(*loader, strict=True))
+    assert np.array_equal(read, records[order]) and np.array_equal(read_labels, labels[order])
+    copy = pickle.loads(pickle.dumps(store))
+    assert np.array_equal(copy.read(order)[0], records[order])
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(libs.latents, "MAX_OPEN_FILES", 2)
+    records, _ = write_store(tmp_path / "store", images_per_shard=3)
+    store = LatentStore.open(tmp_path / "store")
+    order = np.random.default_rng(0).permutation(50)
+    assert np.array_equal(store.read(order)[0], records[order])
+    assert len(store._files) == 2
+
+
+def test_works_without_posix_fadvise(tmp_path, monkeypatch):
+    records, _ = write_store(tmp_path / "store")
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
+
+
+def test_short_reads_are_continued(tmp_path, monkeypatch):
+    records, _ = write_store(tmp_path / "store")
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:100]], offset))
+    assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
+
+
+def test_indices_out_of_range(tmp_path):
+    write_store(tmp_path / "store")
+    store = LatentStore.open(tmp_path / "store")
+    for indices in ([50], [-1], [0, 2**40]):
+        with pytest.raises(IndexError, match="store of 50"):
+            store.read(indices)
+
+
+def test_order_of_shards_and_processes_changes_no_byte(tmp_path):
+    write_store(tmp_path / "a")
+    writers = [StoreWriter(tmp_path / "b", settings()) for _ in range(2)]
+    writers[0].begin()
+    records = moments(50)
+    threads = [
+        threading.Thread(target=writer.write_shard, args=(k, records[20 * k : 20 * k + 20]))
+        for k, writer in enumerate([*writers, writers[0]])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    writers[0].finish(np.arange(25) % 3)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_an_unfinished_store_is_not_taken_for_whole_and_is_continued(tmp_path):
+    records = moments(50)
+    writer = StoreWriter(tmp_path / "store", settings())
+    writer.begin()
+    writer.write_shard(1, records[20:40])
+    with pytest.raises(FileNotFoundError, match="unfinished: run the same extraction again"):
+        LatentStore.open(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"shards \[0, 2\] of 3 are not written"):
+        writer.finish(np.zeros(25, int))
+    (tmp_path / "store" / ".latents-00002.npy.0123abcd.tmp").write_bytes(b"half a shard")  # what a killed run leaves
+    (tmp_path / "store" / "latents-00000.npy").write_bytes(b"renamed, but killed before its entry was written")
+
+    again = StoreWriter(tmp_path / "store", settings())
+    again.begin()
+    assert list(again.entries()) == [1] and not again.is_complete()
+    again.write_shard(0, records[:20])
+    again.write_shard(2, records[40:])
+    again.finish(np.zeros(25, int))
+    assert again.is_complete()
+    assert np.array_equal(LatentStore.open(tmp_path / "store").read(range(50))[0], records)
+    assert not list((tmp_path / "store").glob(".*"))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_settings_are_an_error_naming_both(tmp_path, finished):
+    if finished:
+        write_store(tmp_path / "store")
+    else:
+        StoreWriter(tmp_path / "store", settings()).begin()
+    StoreWriter(tmp_path / "store", settings()).begin()
+    with pytest.raises(ValueError, match=r"\(dtype: there 'float16', now 'float32'; flips: there True, now False\)"):
+        StoreWriter(tmp_path / "store", settings(dtype="float32", flips=False)).begin()
+
+
+def test_a_folder_of_other_things_is_not_written_into(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        StoreWriter(tmp_path, settings()).begin()
+    with pytest.raises(OSError, match=r"Cannot write .*thesis\.txt"):
+        StoreWriter(tmp_path / "thesis.txt", settings()).begin()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_shard_made_anew_after_the_store_was_complete(tmp_path):
+    write_store(tmp_path / "store")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "store").iterdir()}
+    (tmp_path / "store" / "latents-00001.npy").unlink()
+    writer = StoreWriter(tmp_path / "store", settings())
+    writer.begin()
+    assert sorted(writer.entries()) == [0, 2]
+    writer.write_shard(1, moments(50)[20:40])
+    writer.finish(np.arange(25) % 3)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "store").iterdir()} == before
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    writer = StoreWriter(tmp_path / "store", settings())
+    writer.begin()
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"Cannot write .*latents-00000\.npy: No space left on device\. Free space"):
+        writer.write_shard(0, moments(20))
+    assert [file.name for file in (tmp_path / "store").iterdir()] == ["unfinished.json"]
+
+
+def test_replacing_keeps_the_old_file_on_any_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file") as file:
+        file.write(b"ne")
+        raise ZeroDivisionError
+    assert (tmp_path / "file").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    with replacing(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_values_that_do_not_fit_are_refused(tmp_path):
+    writer = StoreWriter(tmp_path / "store", settings())
+    writer.begin()
+    with pytest.raises(ValueError, match="not all finite in float16: set --dtype float32"):
+        writer.write_shard(0, np.full((20, *SHAPE), 7e4, np.float32))
+    assert not writer.entries()
+
+
+def test_truncated_missing_and_altered_files_are_named(tmp_path):
+    write_store(tmp_path / "store")
+    shard = tmp_path / "store" / "latents-00001.npy"
+    whole = shard.read_bytes()
+
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(
+        ValueError, match=r"latents-00001\.npy was truncated or altered: expected 5248 bytes, found 5247"
+    ):
+        LatentStore.open(tmp_path / "store")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"latents-00001\.npy is missing"):
+        LatentStore.open(tmp_path / "store")
+
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"the contents of latents-00001\.npy are not"):
+        LatentStore.open(tmp_path / "store").verify()
+
+    shard.write_bytes(whole.replace(b"'<f2'", b"'<i2'"))
+    with pytest.raises(ValueError, match=r"latents-00001\.npy was altered: expected .*float16, found .*int16"):
+        LatentStore.open(tmp_path / "store").read([25])
+
+    shard.write_bytes(whole)
+    labels = tmp_path / "store" / "labels.npy"
+    labels.write_bytes(labels.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match=r"labels\.npy was altered: a label lies outside 0\.\.2"):
+        LatentStore.open(tmp_path / "store").read([49])
+
+
+def test_a_shard_cut_while_training_runs_is_named(tmp_path):
+    write_store(tmp_path / "store")
+    store = LatentStore.open(tmp_path / "store")
+    store.read([0])
+    os.truncate(tmp_path / "store" / "latents-00000.npy", 1000)
+    with pytest.raises(ValueError, match=r"latents-00000\.npy was truncated"):
+        store.read([10])
+
+
+def test_not_a_store(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no index\.json.*extract_imagenet_feature"):
+        LatentStore.open(tmp_path)
+    (tmp_path / "index.json").write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="format 'other' version None, expected dimr-latents version 1"):
+        LatentStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.update(dtype="object"),
+        lambda index: index.update(record_shape=[8, -4, 4]),
+        lambda index: index.update(record_shape=[8, 2**30, 2**30]),
+        lambda index: index.update(class_names=[]),
+        lambda index: index.update(n_records=51),
+        lambda index: index.update(shards=[]),
+        lambda index: index["shards"][0].update(file="../latents-00000.npy"),
+        lambda index: index["shards"][0].update(records=True),
+        lambda index: index["labels"].update(file="/etc/passwd"),
+        lambda index: index.pop("autoencoder"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_refused(tmp_path, change):
+    write_store(tmp_path / "store")
+    rewrite_index(tmp_path / "store", change)
+    with pytest.raises(ValueError, match=r"index\.json is not valid: expected"):
+        LatentStore.open(tmp_path / "store")
+
+
+def test_an_edited_index_is_noticed(tmp_path):
+    write_store(tmp_path / "store")
+    file = tmp_path / "store" / "index.json"
+    file.write_text(file.read_text().replace('"bee"', '"fee"'))
+    with pytest.raises(ValueError, match="was altered: its contents do not match its own checksum"):
+        read_index(tmp_path / "store")
+
+
+def test_check_against_names_both_sides(tmp_path):
+    write_store(tmp_path / "store")
+    store = LatentStore.open(tmp_path / "store")
+    store.check_against(IDENTITY, record_shape=SHAPE, n_classes=3)
+    store.check_against()
+    with pytest.raises(ValueError, match=r"autoencoder of the store is .*abab.*, of the config .*cdcd"):
+        store.check_against(autoencoder={"sha256": "cd" * 32, "scaling_factor": 0.18215})
+    with pytest.raises(ValueError, match=r"record_shape of the store is \(8, 4, 4\), of the config \(8, 64, 64\)"):
+        store.check_against(record_shape=[8, 64, 64])
+    with pytest.raises(ValueError, match="n_classes of the store is 3, of the config 1000"):
+        store.check_against(n_classes=1000)
+
+
+def test_ten_million_records_open_at_once(tmp_path):
+    """A sparse store of 10,000,002 records of (8, 32, 32) float16: under 50 ms and 50 MB."""
+    n_shards, per_shard, shape = 200, 50_000, (8, 32, 32)
+    n_records = n_shards * per_shard + 2
+
+    def sparse(name, shape, dtype):
+        header = np.lib.format.open_memmap(tmp_path / name, "w+", dtype, shape)
+        del header
+        return {"file": name, "bytes": (tmp_path / name).stat().st_size, "sha256": ""}
+
+    shards = []
+    for k in range(n_shards):
+        records = per_shard + (2 if k == n_shards - 1 else 0)
+        entry = sparse(f"latents-{k:05d}.npy", (records, *shape), np.float16)
+        shards.append({**entry, "records": records, "skipped": []})
+    labels = sparse("labels.npy", (n_records,), np.int32)
+    index = {**StoreWriter(tmp_path, settings(record_shape=shape)).settings, "shards": shards, "labels": labels}
+    (tmp_path / "index.json").write_text(json.dumps({**index, "n_records": n_records}))
+    rewrite_index(tmp_path, lambda index: None)
+
+    last = np.lib.format.open_memmap(tmp_path / shards[-1]["file"], "r+")
+    last[-1] = 3
+    last.flush()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        store = LatentStore.open(tmp_path)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.05
+    tracemalloc.start()
+    store = LatentStore.open(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    records, _ = store.read([n_records - 1, 0])
+    assert (records[0] == 3).all() and (records[1] == 0).all()
+
+
+def test_npy_headers_that_are_not_plain(tmp_path):
+    file = tmp_path / "x.npy"
+    for array in (np.asfortranarray(np.zeros((2, 3))),):
+        np.save(file, array)
+        with open(file, "rb") as opened, pytest.raises(ValueError, match="not a plain array in C order"):
+            read_npy_header(opened, file)
+    save_file({"x": np.zeros(3)}, file)
+    with open(file, "rb") as opened, pytest.raises(ValueError, match=r"x\.npy is not a readable \.npy file"):
+        read_npy_header(opened, file)
+
+
+def damage(data, rng):
+    """`data` cut off, with bytes changed, taken out, put in or repeated, at random."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(len(data) + 1))
+        kind = rng.integers(5)
+        if kind == 0:
+            data = data[:at]
+        elif kind == 1 and at < len(data):
+            data[at] = rng.integers(256)
+        elif kind == 2:
+            del data[at : at + int(rng.integers(1, 9))]
+        elif kind == 3:
+            data[at:at] = rng.bytes(int(rng.integers(1, 9)))
+        else:
+            data[at:at] = data[at // 2 : at]
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "n"),
+    [
+        ("index.json", None, 2000),
+        ("latents-00001.npy", 140, 2000),
+        ("labels.npy", None, 1000),
+        ("latents-00000.npy", None, 1000),
+    ],
+)
+def test_damaged_stores_are_refused_or_read_right(tmp_path, name, head, n):
+    """Six thousand damaged indices, headers (the first `head` bytes) and shards: a clear error or the right values."""
+    records, labels = write_store(tmp_path / "store")
+    file = tmp_path / "store" / name
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    n_refused = 0
+    for _ in range(n):
+        file.write_bytes(damage(whole[:head], rng) + (whole[head:] if head else b""))
+        try:
+            store = LatentStore.open(tmp_path / "store")
+            store.verify()
+            read, read_labels = store.read(range(len(store)))
+        except (ValueError, FileNotFoundError) as error:
+            assert "store" in str(error) and len(str(error)) < 1000
+            n_refused += 1
+        else:
+            assert np.array_equal(read, records) and np.array_equal(read_labels, labels)
+    assert n_refused > 0.8 * n
+
+
+@pytest.mark.parametrize("name", ["latents-00001.npy", "labels.npy"])
+def test_damaged_headers_never_crash_an_unverified_read(tmp_path, name):
+    """As training reads: no verify. Damage of the same length gets past the sizes, so the header is what is tested."""
+    records, labels = write_store(tmp_path / "store")
+    file = tmp_path / "store" / name
+    whole, rng, n_refused = file.read_bytes(), np.random.default_rng(1), 0
+    for _ in range(1000):
+        data = bytearray(whole)
+        for at in rng.integers(0, 128, rng.integers(1, 6)):
+            data[at] = rng.integers(256)
+        file.write_bytes(data)
+        try:
+            read, read_labels = LatentStore.open(tmp_path / "store").read(range(50))
+        except ValueError as error:
+            assert name in str(error)
+            n_refused += 1
+        else:
+            assert np.array_equal(read, records) and np.array_equal(read_labels, labels)
+    assert n_refused > 800
