@@ -118,12 +118,9 @@ def encode_shards(writer, shards, tree, encode, device, args, show_progress=True
         )
     )
     n_views = 2 if args.flip else 1
-    all_unreadable = []
-    progress = tqdm(
-        total=sum(stop - start for start, stop in ranges), unit=" images", disable=not show_progress, smoothing=0.05
-    )
-    with ThreadPoolExecutor(1) as thread:
-        writing = None
+    all_unreadable, writing = [], None
+    n_images = sum(stop - start for start, stop in ranges)
+    with ThreadPoolExecutor(1) as thread, tqdm(total=n_images, unit=" images", disable=not show_progress) as progress:
         for shard in shards:
             first, last = writer.image_range(shard)
             records = np.empty(((last - first) * n_views, *writer.settings["record_shape"]), args.dtype)
@@ -144,7 +141,6 @@ def encode_shards(writer, shards, tree, encode, device, args, show_progress=True
                 writing = thread.submit(writer.write_shard, shard, records[:n_records], [i for i, _ in unreadable])
         if writing is not None:
             writing.result()
-    progress.close()
     return all_unreadable
 
 
