@@ -1,0 +1,110 @@
+"""Turn features that other projects extracted into a latent store.
+
+    python scripts/import_latents.py --format uvit --source imagenet256_features --out assets/datasets/imagenet256 \\
+        --autoencoder assets/stable-diffusion/autoencoder_kl.pth
+
+Formats: `uvit` ({index}.npy of U-ViT and DiMR: pickled moments and label), `fast-dit` (a folder with *_features/ and
+*_labels/) and `lightningdit` (.safetensors with latents, latents_flip and labels). The autoencoder is the one the
+features were made with; its content is recorded, and training checks it. The last two formats keep one drawn latent
+instead of moments: it is stored as a mean with the least log-variance, so training sees that latent every time.
+Stopped and started again, it continues.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from libs.autoencoder import LOGVAR_RANGE, Autoencoder, load_autoencoder
+from libs.feature_formats import FORMATS
+from libs.latents import DTYPES, LatentStore, StoreWriter
+
+SCALED = {"uvit": False, "fast-dit": True, "lightningdit": False}  # whether sampled latents are times the scale
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--source", required=True, help="folder of the features")
+    parser.add_argument("--out", required=True, help="folder of the latent store")
+    parser.add_argument("--autoencoder", required=True, help="the autoencoder the features were made with")
+    parser.add_argument("--n_classes", type=int, default=1000, help="labels are 0 to n_classes - 1 (default 1000)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
+    parser.add_argument("--shard_size", type=int, default=8192, help="images per file (default 8192)")
+    parser.add_argument(
+        "--scaled",
+        action=argparse.BooleanOptionalAction,
+        help="whether sampled latents are times the scaling factor already (default: yes in fast-dit, else no)",
+    )
+    args = parser.parse_args(argv)
+    for name in ("n_classes", "shard_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
+    return args
+
+
+def as_moments(values: np.ndarray, autoencoder: Autoencoder, scaled: bool) -> np.ndarray:
+    """(n, 2C, h, w) moments as they are; (n, C, h, w) sampled latents as means of a Gaussian without width."""
+    channels = autoencoder.latent_channels
+    if values.shape[1] == 2 * channels:
+        return values
+    if values.shape[1] != channels:
+        raise ValueError(
+            f"The features have {values.shape[1]} channels, but the autoencoder's moments {2 * channels} and its "
+            f"latents {channels}: set --autoencoder to the one they were made with"
+        )
+    means = values / autoencoder.scaling_factor if scaled else values
+    return np.concatenate([means, np.full_like(means, LOGVAR_RANGE[0])], axis=1)
+
+
+def import_latents(args) -> None:
+    """Make or complete the store `args.out`. Raises ValueError, OSError."""
+    source = FORMATS[args.format](args.source)
+    autoencoder = load_autoencoder(args.autoencoder)
+    scaled = SCALED[args.format] if args.scaled is None else args.scaled
+    first = as_moments(source.read(0, 1), autoencoder, scaled)[0]
+    settings = {
+        "record_shape": first.shape,
+        "dtype": args.dtype,
+        "resolution": first.shape[1] * autoencoder.downsample,
+        "flips": source.flips,
+        "crop": "as imported",
+        "autoencoder": autoencoder.identity,
+        "class_names": [str(label) for label in range(args.n_classes)],
+        "images_per_shard": args.shard_size,
+        "source": {"kind": args.format, "n_images": len(source), "scaled": scaled},
+    }
+    writer = StoreWriter(args.out, settings)
+    writer.begin()
+    if writer.is_complete():
+        writer.remove_leftovers()
+        print(f"{args.out} is complete with these settings: nothing to do")
+        return
+    done, labels = writer.entries(), []
+    for shard in tqdm(range(writer.n_shards), unit=" shards"):
+        start, stop = writer.image_range(shard)
+        labels.append(source.labels(start, stop))
+        low, high = labels[-1].min(), labels[-1].max()
+        if low < 0 or high >= args.n_classes:
+            raise ValueError(f"{args.source} holds labels from {low} to {high}: set --n_classes to more than {high}")
+        if shard not in done:
+            writer.write_shard(shard, as_moments(source.read(start, stop), autoencoder, scaled))
+    writer.finish(np.concatenate(labels))
+    store = LatentStore.open(args.out)
+    print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        import_latents(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"import_latents.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

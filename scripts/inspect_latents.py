@@ -1,0 +1,99 @@
+"""Print what a latent store holds, check its files, and draw decoded samples under their class names.
+
+    python scripts/inspect_latents.py assets/datasets/imagenet256 --verify \\
+        --png samples.png --autoencoder assets/stable-diffusion/autoencoder_kl_ema.pth
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from libs.autoencoder import load_autoencoder, sample_latents
+from libs.latents import LatentStore
+
+CAPTION_HEIGHT = 16
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("store", help="folder of the latent store")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    parser.add_argument("--png", help="draw decoded samples into this file (needs --autoencoder)")
+    parser.add_argument("--autoencoder", help="the autoencoder the latents were made with")
+    parser.add_argument("--samples", type=int, default=16, help="how many to draw, spread evenly over the store")
+    args = parser.parse_args(argv)
+    if args.png and not args.autoencoder:
+        parser.error("--png needs --autoencoder, the one the latents were made with")
+    if args.samples < 1:
+        parser.error(f"--samples must be at least 1, found {args.samples}")
+    return args
+
+
+def describe(store: LatentStore) -> str:
+    """What the index says, for people."""
+    meta = store.meta
+    counts = np.array(meta["images_per_class"])
+    n_bytes = sum(entry["bytes"] for entry in [*meta["shards"], meta["labels"]])
+    names = ", ".join(store.class_names[:8]) + (", ..." if store.n_classes > 8 else "")
+    lines = {
+        "records": f"{len(store):,} of shape {store.record_shape} {store.dtype} ({n_bytes / 1e9:.3f} GB)",
+        "images": f"{meta['n_images']:,}, flips: {meta['flips']}, left out as unreadable: {len(meta['skipped'])}",
+        "crop": f"{meta['crop']}, resolution {meta['resolution']}",
+        "classes": f"{store.n_classes} with {counts.min():,} to {counts.max():,} images: {names}",
+        "autoencoder": f"sha256 {store.autoencoder['sha256']}, scaling factor {store.autoencoder['scaling_factor']}",
+        "source": str(meta["source"]),
+        "files": f"{len(meta['shards'])} shards, format {meta['format']} version {meta['version']}",
+    }
+    return "\n".join(f"{name:12} {text}" for name, text in lines.items())
+
+
+def draw_samples(store: LatentStore, autoencoder, n: int) -> Image.Image:
+    """A sheet of up to n decoded records, evenly spread over the store, each above its class name."""
+    indices = np.unique(np.linspace(0, len(store) - 1, n).round().astype(int))
+    records, labels = store.read(indices)
+    moments = torch.from_numpy(records)
+    noise = torch.randn(moments.chunk(2, dim=1)[0].shape, generator=torch.Generator().manual_seed(0))
+    pixels = autoencoder.decode(sample_latents(moments, noise, autoencoder.scaling_factor))
+    pixels = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    height, width = pixels.shape[1:3]
+    columns = int(np.ceil(np.sqrt(len(pixels))))
+    rows = -(-len(pixels) // columns)
+    cell = (max(width, 64), height + CAPTION_HEIGHT)
+    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        left, top = k % columns * cell[0], k // columns * cell[1]
+        sheet.paste(Image.fromarray(image), (left, top))
+        draw.text((left + 2, top + height + 2), store.class_names[label][: cell[0] // 6], fill="black")
+    return sheet
+
+
+def inspect(args) -> None:
+    store = LatentStore.open(args.store)
+    print(describe(store))
+    if args.verify:
+        store.verify()
+        print(f"{'verified':12} every file has the checksum of the index")
+    if args.png:
+        autoencoder = load_autoencoder(args.autoencoder)
+        store.check_against(autoencoder=autoencoder.identity)
+        draw_samples(store, autoencoder, args.samples).save(args.png)
+        print(f"{'samples':12} {args.png}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        inspect(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"inspect_latents.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
