@@ -36,18 +36,9 @@ MAX_SHIFT = 2  # pixels; the digits leave at least this much black around them
 
 def read_images(root):
     """A class-per-folder tree -> (N, 3, 32, 32) float32 in [-1, 1], in the order of the paths."""
-    paths = sorted(Path(root).glob("*/*.png"))
-    if not paths:
-        raise ValueError(f"no images {root}/<class>/<id>.png: make them with scripts/make_digits.py, or set the folder")
-    arrays = []
-    for path in paths:
-        with Image.open(path) as image:
-            arrays.append(np.asarray(image.convert("RGB")))
-        if arrays[-1].shape != arrays[0].shape:
-            raise ValueError(
-                f"{path} is of shape {arrays[-1].shape}, {paths[0]} of {arrays[0].shape}: expected one size"
-            )
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    tree = ImageTree(root)
+    pixels = np.stack([read_image(tree.path(i), IMAGE_SIZE) for i in range(len(tree))])
+    return torch.from_numpy(pixels).float() / 127.5 - 1
 
 
 def build_autoencoder():

@@ -1,0 +1,201 @@
+"""The digits of the quickstart: their images, their autoencoder, and their score."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from scripts import make_digits, score_digits
+
+ROOT = Path(__file__).resolve().parent.parent
+AUTOENCODER = ROOT / "assets/digits_autoencoder"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The folder that make_digits.py writes."""
+    out = tmp_path_factory.mktemp("digits") / "digits"
+    assert make_digits.make_digits(out) == {"train": 1297, "held_out": 500}
+    return out
+
+
+@pytest.fixture(scope="module")
+def real(digits):
+    return score_digits.read_real(digits / "train")
+
+
+@pytest.fixture(scope="module")
+def held_out(digits):
+    return score_digits.read_real(digits / "held_out")
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    return AutoencoderKL.from_pretrained(AUTOENCODER).eval()
+
+
+def as_pixels(images):
+    """(N, 32, 32, 3) uint8 -> (N, 3, 32, 32) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def reconstructed(autoencoder, held_out):
+    """Held-out digits through sampled latents: (N, 32, 32, 3) uint8."""
+    with torch.no_grad():
+        latents = autoencoder.encode(as_pixels(held_out[0])).latent_dist.sample(torch.Generator().manual_seed(0))
+        pixels = autoencoder.decode(latents).sample
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def write_generated(folder, images, labels):
+    """What eval.py leaves behind."""
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    (folder / "class_lab.txt").write_text("".join(f"{label}\n" for label in labels))
+
+
+def test_every_digit_is_in_one_split_under_its_class(digits):
+    target = load_digits().target
+    held_out_per_class = [len(list((digits / "held_out" / str(c)).iterdir())) for c in range(10)]
+    assert min(held_out_per_class) >= 48 and max(held_out_per_class) <= 52
+    found = {int(path.stem): int(path.parent.name) for path in digits.glob("*/*/*.png")}
+    assert len(list(digits.glob("*/*/*.png"))) == len(found) == 1797
+    assert all(target[i] == label for i, label in found.items())
+
+
+def test_images_keep_the_digit(digits):
+    """Means over 4x4 pixels of the enlarged digit follow the 8x8 digit it came from."""
+    path = sorted(digits.glob("train/*/*.png"))[100]
+    image = np.asarray(Image.open(path))
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    means = image.mean(2).reshape(8, 4, 8, 4).mean((1, 3))
+    digit = load_digits().images[int(path.stem)]
+    assert np.corrcoef(means.ravel(), digit.ravel())[0, 1] > 0.95
+
+
+def test_digits_are_written_once_and_never_over_others(digits, tmp_path):
+    assert make_digits.make_digits(digits) is None
+    assert [path.name for path in digits.parent.iterdir()] == ["digits"]
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match="does not hold the digits"):
+        make_digits.make_digits(tmp_path)
+
+
+def test_autoencoder_is_small():
+    assert sum(path.stat().st_size for path in AUTOENCODER.iterdir()) < 2_000_000
+
+
+def test_autoencoder_reconstructs_unseen_digits(held_out, reconstructed):
+    error = np.mean((held_out[0].astype(float) - reconstructed) ** 2)
+    assert 10 * np.log10(255**2 / error) > 34
+
+
+def test_latents_have_the_expected_shape_and_unit_variance(autoencoder, real):
+    with torch.no_grad():
+        posterior = autoencoder.encode(as_pixels(real[0][::3])).latent_dist
+    latents = autoencoder.config.scaling_factor * posterior.sample(torch.Generator().manual_seed(1))
+    assert latents.shape[1:] == (4, 8, 8)
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_score_of_real_digits_is_near_the_floor(real, held_out):
+    half = slice(0, None, 2)
+    report = score_digits.score(held_out[0][half], held_out[1][half], real, held_out)
+    assert report["class_accuracy"] > 0.95 and report["real_class_accuracy"] > 0.95
+    assert report["frechet_distance"] < 1.5 * report["frechet_floor"]
+    assert report["frechet_noise"] > 100 * report["frechet_floor"]
+    assert report["n_images"] == 250
+
+
+def test_score_of_reconstructions_is_near_the_floor(real, held_out, reconstructed):
+    report = score_digits.score(reconstructed, held_out[1], real, held_out)
+    assert report["class_accuracy"] > 0.95
+    assert report["frechet_distance"] < 1.5 * report["frechet_floor"]
+
+
+def test_score_sees_wrong_labels_faint_strokes_and_missing_variety(real, held_out):
+    images, labels = held_out
+    shuffled = np.random.default_rng(0).permutation(labels)
+    assert score_digits.score(images, shuffled, real, held_out)["class_accuracy"] < 0.2
+    faint = (images * 0.8).astype(np.uint8)
+    repeated = images[np.searchsorted(labels, labels)]  # one digit per class, again and again
+    for worse in (faint, repeated):
+        report = score_digits.score(worse, labels, real, held_out)
+        assert report["frechet_distance"] > 3 * report["frechet_floor"]
+
+
+def arguments(tmp_path, digits, **changes):
+    defaults = {
+        "images": str(tmp_path / "images"),
+        "digits": str(digits),
+        "train_dir": str(tmp_path / "train"),
+        "out": str(tmp_path / "report.json"),
+        "seconds": 100.0,
+    }
+    return argparse.Namespace(**(defaults | changes))
+
+
+def test_report_and_its_pictures(tmp_path, digits, held_out):
+    images, labels = held_out
+    write_generated(tmp_path / "images", images, labels)
+    (tmp_path / "train").mkdir()
+    log = [{"step": step, "loss": 1 / step, "lr": 0.1} for step in range(10, 500, 10)]
+    (tmp_path / "train/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    args = arguments(tmp_path, digits)
+    report, made = score_digits.make_report(args)
+    assert made and report == json.loads((tmp_path / "report.json").read_text())
+    fields = "class_accuracy real_class_accuracy frechet_distance frechet_floor frechet_noise seconds n_images"
+    assert set(report) == set(fields.split()) and report["seconds"] > 100
+    grid = np.asarray(Image.open(tmp_path / "samples.png"))
+    first_seven = images[labels == 7][0].repeat(2, axis=0).repeat(2, axis=1)
+    top = 4 + 7 * 68
+    assert grid.shape == (684, 684, 3) and np.array_equal(grid[top : top + 64, 4:68], first_seven)
+    assert Image.open(tmp_path / "loss.png").size[0] > 500
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "images", "loss.png", "report.json", "samples.png", "train",
+    ]  # fmt: skip
+    assert score_digits.make_report(args) == (report, False)
+
+
+def test_later_losses_of_a_step_count(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "fid": 9}\n{"step": 1, "loss": 1}\n')
+    assert list(score_digits.read_losses(log)) == [(1, 2), (1, 2)]
+    log.write_text("hello\n")
+    with pytest.raises(ValueError, match="one JSON object"):
+        score_digits.read_losses(log)
+
+
+@pytest.mark.parametrize(
+    "labels, size, message",
+    [
+        ([0, 1, 2], 32, "3 missing|1 extra"),
+        ([0, 1, 2, 10], 32, r"one label 0..9 per line"),
+        (["a", 1, 2, 3], 32, r"one label 0..9 per line"),
+        ([0, 1, 2, 3], 16, "is 16x16: expected an RGB image of 32x32"),
+    ],
+)
+def test_refuses_what_eval_does_not_write(tmp_path, digits, labels, size, message):
+    write_generated(tmp_path / "images", np.zeros((4, size, size, 3), np.uint8), labels)
+    with pytest.raises(ValueError, match=message):
+        score_digits.make_report(arguments(tmp_path, digits, train_dir=None))
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_refuses_missing_inputs(tmp_path, digits):
+    with pytest.raises(ValueError, match=r"no folder .*images"):
+        score_digits.make_report(arguments(tmp_path, digits))
+    write_generated(tmp_path / "images", np.zeros((1, 32, 32, 3), np.uint8), [0])
+    with pytest.raises(ValueError, match="set --train_dir"):
+        score_digits.make_report(arguments(tmp_path, digits))
+    (tmp_path / "images/class_lab.txt").unlink()
+    with pytest.raises(ValueError, match=r"class_lab\.txt"):
+        score_digits.make_report(arguments(tmp_path, digits))
