@@ -128,6 +128,38 @@ class ImageTree:
         return os.path.join(self.root, self.name(i))
 
 
+class ImageBatches:
+    """Item j is batch j of a tree's pictures, for a loader whose workers read whole batches (`batch_size=None`).
+
+    Args:
+        ranges: [(first, one past the last)] pictures of each batch.
+
+    An item is a pair: uint8 (B, 3, resolution, resolution) of the pictures that could be read, and [(index, reason)] of
+    those that could not.
+    """
+
+    def __init__(self, tree: ImageTree, ranges: list[tuple[int, int]], resolution: int):
+        self.tree, self.ranges, self.resolution = tree, ranges, resolution
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def __getitem__(self, j: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        images, unreadable = [], []
+        for i in range(*self.ranges[j]):
+            try:
+                images.append(read_image(self.tree.path(i), self.resolution))
+            except UnreadableImage as error:
+                unreadable.append((i, str(error)))
+        shape = (0, 3, self.resolution, self.resolution)
+        return np.stack(images) if images else np.empty(shape, np.uint8), unreadable
+
+
+def batch_ranges(first: int, last: int, batch_size: int) -> list[tuple[int, int]]:
+    """[(start, stop)] of the batches of pictures first..last - 1."""
+    return [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+
+
 class ImageDataset:
     """Pixels for training without an autoencoder, read and cropped from a class-per-folder tree at every access.
 

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import load_autoencoder
-from libs.images import ImageTree, UnreadableImage, read_image
+from libs.images import ImageBatches, ImageTree, batch_ranges
 from libs.latents import DTYPES, LatentStore, StoreWriter
 
 CROP = "adm-centre"
@@ -63,27 +63,6 @@ def parse_args(argv=None):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
     return args
-
-
-class ImageBatches(Dataset):
-    """Item j is batch j of `ranges` [(first, one past last image)]: (uint8 (B, 3, H, W) of the images that could be
-    read, [(index, reason)] of those that could not)."""
-
-    def __init__(self, tree, ranges, resolution):
-        self.tree, self.ranges, self.resolution = tree, ranges, resolution
-
-    def __len__(self):
-        return len(self.ranges)
-
-    def __getitem__(self, j):
-        images, unreadable = [], []
-        for i in range(*self.ranges[j]):
-            try:
-                images.append(read_image(self.tree.path(i), self.resolution))
-            except UnreadableImage as error:
-                unreadable.append((i, str(error)))
-        shape = (len(images), 3, self.resolution, self.resolution)
-        return torch.from_numpy(np.stack(images) if images else np.empty(shape, np.uint8)), unreadable
 
 
 def encode_batch(encode, images, flip):
@@ -142,11 +121,6 @@ def encode_shards(writer, shards, tree, encode, device, args, show_progress=True
         if writing is not None:
             writing.result()
     return all_unreadable
-
-
-def batch_ranges(first, last, batch_size):
-    """[(start, stop)] of the batches of images first..last - 1."""
-    return [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
 
 
 def check_space(path, n_bytes):

@@ -232,7 +232,7 @@ def test_arrays_of_every_number_type_come_back():
         for value in (array, np.asfortranarray(array), array[1, 2, 3]):
             for protocol in (2, 3, 4):
                 loaded = load_arrays(pickle.dumps([value, 1], protocol), "x")[0]
-                assert loaded.dtype == array.dtype and np.array_equal(loaded, value)
+                assert loaded.dtype == value.dtype and np.array_equal(loaded, value)
 
 
 def test_four_thousand_damaged_npy_files(tmp_path):
