@@ -112,8 +112,9 @@ def precision_recall(reference, samples, k=3):
 
 def _squared_distances(x, y):
     """(n, D), (m, D) -> (n, m)."""
-    products = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
-    return products.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
+    # On the CPU NumPy multiplies: its OpenBLAS does so twice as fast as PyTorch's MKL on AMD, as fast on Intel.
+    products = torch.from_numpy(x.numpy() @ y.numpy().T) if x.device.type == "cpu" else x @ y.T
+    return products.mul_(-2).add_(y.square().sum(1)).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
 def _squared_radii(x, k):
@@ -142,7 +143,7 @@ def _squared_radii(x, k):
 
 def _checked(features, name, n_least=2):
     """`features` as a floating-point tensor (N, D) on its device; ValueError for what no score can be made of."""
-    features = torch.as_tensor(features)
+    features = torch.as_tensor(features).detach()
     if features.ndim != 2 or len(features) < n_least or not features.is_floating_point():
         raise ValueError(
             f"{name}: expected a floating-point array (images, features) of at least {n_least} images, found "
