@@ -163,6 +163,8 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config.sample.algorithm must be one of {', '.join(SAMPLERS)}; found {sample.algorithm!r}")
     if sample.algorithm != "dpm_solver" and config.schedule == "sd":
         raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
+    if sample.order not in (1, 2, 3):
+        raise ValueError(f"config.sample.order must be 1, 2 or 3; found {sample.order}")
     if sample.algorithm == "dpm_solver" and sample.sample_steps < sample.order:
         raise ValueError(
             f"config.sample.sample_steps must be at least the solver's order, {sample.order}; "
@@ -325,7 +327,21 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    app.run(clear_main)
+    app.run(clear_main, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Flags from the command line; a bad one, or an override of a field that does not exist, ends in one line."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        flags.FLAGS.config  # noqa: B018 (a missing file is reported at the first use only)
+        return rest
+    except (AttributeError, KeyError, IndexError) as error:
+        problem = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
+        message = f"an override names a field that the config does not have: {problem}"
+    except (OSError, ImportError, SyntaxError) as error:
+        message = f"--config could not be read: {str(error).splitlines()[-1].strip()}"
+    sys.exit(f"error: {message}")
 
 
 def raised_by_own_check(error: BaseException) -> bool:

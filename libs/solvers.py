@@ -47,13 +47,10 @@ def fast_orders(steps: int, order: int) -> list[int]:
     return {0: [3] * (whole - 1) + [2, 1], 1: [3] * whole + [1], 2: [3] * whole + [2]}[steps % 3]
 
 
-@torch.no_grad()
 def dpm_solver_fast(noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, steps: int, order: int = 3) -> Tensor:
     """Sample from noise with DPM-Solver++ singlestep; the released models' sampler (order 3).
 
-    The times are uniform in t from schedule.t_end to schedule.t_start; a step of order k takes k intervals and its
-    inner nodes are the grid's own times. All coefficients are made on the host in float64 before the first
-    evaluation, so nothing in the loop waits for the device.
+    The times are uniform in t from schedule.t_end to schedule.t_start.
 
     Args:
         noise_model: eps(x, t), called exactly `steps` times.
@@ -66,10 +63,26 @@ def dpm_solver_fast(noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor
     Raises:
         ValueError: see `fast_orders`.
     """
-    orders = fast_orders(steps, order)
     times = torch.linspace(schedule.t_end, schedule.t_start, steps + 1, dtype=torch.float64)
+    return dpm_solver_singlestep(noise_model, schedule, x, times, fast_orders(steps, order))
+
+
+@torch.no_grad()
+def dpm_solver_singlestep(
+    noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, times: Tensor, orders: list[int]
+) -> Tensor:
+    """DPM-Solver++ singlestep on given times: a step of order k takes k intervals, its inner nodes the times between.
+
+    All coefficients are made on the host in float64 before the first evaluation, so nothing in the loop waits for the
+    device.
+
+    Args:
+        times: float64 (N + 1,), falling; noise_model is called once at each but the last.
+        orders: the order (1, 2 or 3) of each step; they add up to N.
+    """
     t, alpha, sigma, lam = (
-        v.tolist() for v in (times, schedule.log_alpha(times).exp(), schedule.sigma(times), schedule.lambda_(times))
+        values.tolist()
+        for values in (times, schedule.log_alpha(times).exp(), schedule.sigma(times), schedule.lambda_(times))
     )
 
     def data_prediction(x: Tensor, i: int) -> Tensor:

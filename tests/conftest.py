@@ -1,0 +1,106 @@
+"""Shared pieces: configs by name, a tiny autoencoder and a small latent store, real processes."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_config(name: str):
+    """get_config() of configs/<name>.py (the names have dashes, so they cannot be imported)."""
+    spec = importlib.util.spec_from_file_location("experiment", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def run(*command: str, processes: int = 1, env: dict | None = None, timeout: int = 300):
+    """A program of the project in real processes, one thread each; returns the finished process."""
+    head = [sys.executable]
+    if processes > 1:
+        head += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        head += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(
+        [*head, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder(tmp_path_factory) -> Path:
+    """A randomly initialised AutoencoderKL, 16x16 -> 4x8x8, as a diffusers folder."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("autoencoder")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 8],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> Path:
+    """60 random 16x16 pictures in 3 classes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        (folder / f"class{i % 3}").mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"class{i % 3}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_latents(tmp_path_factory, tiny_autoencoder, tiny_images) -> Path:
+    """The latent store of `tiny_images`, made by the project's own extraction."""
+    folder = tmp_path_factory.mktemp("store") / "latents"
+    done = run(
+        "scripts/extract_imagenet_feature.py",
+        *("--images", tiny_images, "--out", folder, "--autoencoder", tiny_autoencoder),
+        *("--resolution", "16", "--no-flip", "--dtype", "float32"),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_autoencoder, tiny_latents):
+    """The digits config on the tiny store, a few steps long."""
+    config = load_config("digits")
+    config.dataset.path = str(tiny_latents)
+    config.dataset.n_classes = 3
+    config.autoencoder.pretrained_path = str(tiny_autoencoder)
+    for stage in config.nnet.stages:
+        stage.dim, stage.depth = 16, 3
+    config.train.update(n_steps=6, batch_size=12, log_interval=1, eval_interval=4, save_interval=3, grid_classes=2)
+    config.lr_scheduler.warmup_steps = 2
+    config.sample.update(sample_steps=4, grid_steps=3, n_samples=12, mini_batch_size=5)
+    return config
+
+
+def overrides(config) -> list[str]:
+    """The command-line flags that turn configs/digits.py into `tiny_config`."""
+    flags = ["--config=configs/digits.py"]
+    flags += [f"--config.dataset.path={config.dataset.path}", f"--config.dataset.n_classes={config.dataset.n_classes}"]
+    flags += [f"--config.autoencoder.pretrained_path={config.autoencoder.pretrained_path}"]
+    for i, stage in enumerate(config.nnet.stages):
+        flags += [f"--config.nnet.stages[{i}].dim={stage.dim}", f"--config.nnet.stages[{i}].depth={stage.depth}"]
+    for section in ("train", "sample"):
+        flags += [f"--config.{section}.{name}={value}" for name, value in config[section].items() if value is not None]
+    return [*flags, f"--config.lr_scheduler.warmup_steps={config.lr_scheduler.warmup_steps}"]

@@ -1,0 +1,144 @@
+"""The network's parts against independent formulas, its errors, and what a compiler and a GPU need of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sde
+from libs.dimr import DiMR, StageSpec
+from libs.norms import NORMS, TDLayerNorm, TDRMSNorm, TimeDependentVector
+
+COARSE = StageSpec("TransformerBlock", 16, 3, 32, patch_size=2, max_height=4, max_width=4, num_heads=2)
+FINE = StageSpec("ConvNeXtBlock", 8, 3, 16, patch_size=1, max_height=8, max_width=8, kernel_size=3)
+
+
+def small_model(**kwargs) -> DiMR:
+    torch.manual_seed(0)
+    return DiMR([COARSE, FINE], channels=4, n_classes=5, **kwargs)
+
+
+def inputs(batch: int = 3):
+    torch.manual_seed(1)
+    return torch.randn(batch, 4, 8, 8), torch.rand(batch), torch.arange(batch)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on the operations that make the host wait for a device: reading values, sizes that depend on values."""
+
+    FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not str(func).startswith(self.FORBIDDEN), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_time_dependent_vector_moves_between_its_ends():
+    vector = TimeDependentVector(4, 1.0)
+    with torch.no_grad():
+        vector.param0.fill_(5.0)
+        vector.param1.fill_(-3.0)
+    t = torch.tensor([-2.0, 0.0, 7.0])
+    share = 1 / (1 + torch.exp(-t))
+    torch.testing.assert_close(vector(t)[:, 0], -3 + 8 * share)
+
+
+def test_norms_start_as_plain_norms():
+    x, t = torch.randn(2, 5, 16), torch.rand(2)
+    torch.testing.assert_close(TDLayerNorm(16)(x, t), nn.LayerNorm(16)(x))
+    for name in ("TDRMSN", "RMSN"):
+        torch.testing.assert_close(NORMS[name](16)(x, t), nn.RMSNorm(16, eps=0.0)(x))
+
+
+def test_rms_eps_is_added_to_the_rms():
+    x = torch.full((1, 1, 4), 1e-8)
+    torch.testing.assert_close(TDRMSNorm(4)(x, torch.zeros(1)), torch.full((1, 1, 4), 0.5))
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_output_shapes_and_gradients(norm_type):
+    model = small_model(norm_type=norm_type)
+    outputs = model(*inputs())
+    assert [tuple(o.shape) for o in outputs] == [(3, 4, 4, 4), (3, 4, 8, 8)]
+    sum(o.square().mean() for o in outputs).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_one_time_for_the_batch_is_the_same_as_one_each():
+    model, (x, _, y) = small_model(), inputs()
+    for one, each in zip(model(x, torch.tensor([0.3]), y), model(x, torch.full((3,), 0.3), y), strict=True):
+        torch.testing.assert_close(one, each)
+
+
+def test_gradients_stop_at_the_coarse_branch_when_asked():
+    for stop in (False, True):
+        model = small_model(block_grad_to_lowres=stop)
+        model(*inputs())[-1].sum().backward()
+        assert (model.stages[0].blocks[0].mlp.w0.weight.grad is None) == stop
+
+
+def test_any_number_of_resolutions():
+    stages = [
+        dataclasses.replace(COARSE if r == 0 else FINE, patch_size=2 ** (3 - r), max_height=2**r, max_width=2**r)
+        for r in range(4)
+    ]
+    outputs = DiMR(stages, channels=4, n_classes=5)(*inputs())
+    assert [o.shape[-1] for o in outputs] == [1, 2, 4, 8]
+
+
+def test_initialisation():
+    model = small_model()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    weights = torch.cat([m.weight.flatten() for m in linears])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.03)
+    assert all((m.bias == 0).all() for m in linears if m.bias is not None)
+    assert model.stages[0].head.conv.bias.abs().max() > 0  # convolutions keep PyTorch's default
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 4}, "depth of a stage must be odd"),
+        ({"num_heads": 3}, "num_heads must divide dim"),
+        ({"block_type": "Mamba"}, "block_type must be one of TransformerBlock, ConvNeXtBlock; found 'Mamba'"),
+        ({"dim": 0}, "dim of a stage must be at least 1"),
+    ],
+)
+def test_bad_stage(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(COARSE, **change)
+
+
+def test_bad_model_and_input():
+    with pytest.raises(ValueError, match="norm_type must be one of TDRMSN, LN, RMSN; found 'BN'"):
+        small_model(norm_type="BN")
+    with pytest.raises(ValueError, match="patch sizes must each be a multiple of the next and end in 1"):
+        DiMR([COARSE])
+    model, t, y = small_model(), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="divisible by the coarsest patch, 2; found 7x8"):
+        model(torch.zeros(1, 4, 7, 8), t, y)
+    with pytest.raises(ValueError, match="larger than the position table: expected at most 4x4 cells"):
+        model(torch.zeros(1, 4, 8, 10), t, y)
+    with pytest.raises(ValueError, match="expected 4 channels, found 3"):
+        model(torch.zeros(1, 3, 8, 8), t, y)
+
+
+def test_compiles_as_one_graph():
+    torch._dynamo.reset()
+    model = small_model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(*inputs()), model(*inputs()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_no_host_synchronisation():
+    model, (x, t, y) = small_model(), inputs()
+    noise_model = sde.guided_noise_model(model, sde.DiscreteSchedule(), y, model.null_label, scale=2.0, power=1.0)
+    with NoHostSync():
+        loss = sum(o.square().mean() for o in model(x, t, y))
+        loss.backward()
+        noise_model(x, 0.5)
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():
+        loss.item()

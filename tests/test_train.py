@@ -1,0 +1,201 @@
+"""Training: the same whatever the division of the batch, resumed to the bit, and clear about what does not fit."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_config, overrides, run
+from PIL import Image
+
+import train as training
+from libs.checkpoint import read_checkpoint
+from libs.data import StepBatches, own_rows
+from libs.ema import EMA
+from libs.optim import make_adamw, split_decay, warmup_lr
+from libs.randomness import step_draws
+
+
+def losses(workdir) -> list[float]:
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_checkpoint(one, other):
+    state, tensors = read_checkpoint(one)
+    other_state, other_tensors = read_checkpoint(other)
+    assert state["step"] == other_state["step"]
+    for file, named in tensors.items():
+        assert named.keys() == other_tensors[file].keys()
+        for name, tensor in named.items():
+            assert torch.equal(tensor, other_tensors[file][name]), (file, name)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return tmp_path_factory.mktemp("straight")
+
+
+def test_training_writes_what_it_says(tiny_config, straight):
+    training.train(tiny_config, straight)
+    assert len(losses(straight)) == 6 and all(np.isfinite(losses(straight)))
+    assert {p.name for p in (straight / "ckpts").iterdir()} == {"3.ckpt", "6.ckpt"}
+    # 2 classes x 5 samples of 16x16 in a grid with 2 pixels of padding
+    assert Image.open(straight / "samples" / "4.png").size == (5 * 18 + 2, 2 * 18 + 2)
+    assert list((straight / "tensorboard").iterdir())
+    assert json.loads((straight / "config.json").read_text())["train"]["batch_size"] == 12
+
+
+def test_resume_is_exact(tiny_config, straight, tmp_path):
+    tiny_config.train.n_steps = 3
+    training.train(tiny_config, tmp_path)
+    tiny_config.train.n_steps = 6
+    training.train(tiny_config, tmp_path)
+    assert losses(tmp_path) == losses(straight)
+    assert_same_checkpoint(tmp_path / "ckpts" / "6.ckpt", straight / "ckpts" / "6.ckpt")
+
+
+def test_damaged_checkpoint_is_passed_over(tiny_config, straight, tmp_path):
+    tiny_config.train.n_steps = 3
+    training.train(tiny_config, tmp_path)
+    broken = tmp_path / "ckpts" / "5.ckpt"
+    broken.mkdir()
+    (broken / "state.json").write_text('{"step": 5')
+    tiny_config.train.n_steps = 6
+    training.train(tiny_config, tmp_path)
+    assert losses(tmp_path) == losses(straight)
+
+
+@pytest.mark.parametrize("processes,accumulation", [(2, 1), (2, 3), (1, 4)])
+def test_division_of_the_batch_changes_nothing(tiny_config, straight, tmp_path, processes, accumulation):
+    tiny_config.train.accumulation = accumulation
+    done = run("train.py", *overrides(tiny_config), f"--workdir={tmp_path}", processes=processes)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path), losses(straight), rtol=2e-5)
+
+
+def test_bf16_and_wandb_offline(tiny_config, tmp_path):
+    flags = [*overrides(tiny_config), "--config.wandb.mode=offline", "--config.train.n_steps=3"]
+    done = run("train.py", *flags, f"--workdir={tmp_path}", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert done.returncode == 0, done.stderr
+    assert "bf16 precision" in done.stderr and len(losses(tmp_path)) == 3
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_pixel_training(tiny_images, tmp_path):
+    config = load_config("DiMR-M-3R_imagenet64")
+    config.z_shape = (3, 16, 16)
+    for stage in config.nnet.stages:
+        stage.dim, stage.depth, stage.num_heads = 8, 3, 2
+    config.dataset.update(path=str(tiny_images), n_classes=3, num_workers=2)
+    config.train.update(n_steps=3, batch_size=8, log_interval=1, eval_interval=2, grid_classes=2)
+    config.sample.grid_steps = 3
+    training.train(config, tmp_path)
+    assert all(np.isfinite(losses(tmp_path))) and (tmp_path / "samples" / "2.png").exists()
+
+
+def test_data_order_is_a_function_of_seed_and_step():
+    def first(n, **kwargs):
+        iterator = iter(StepBatches(50, 12, seed=3, **kwargs))
+        return [next(iterator).tolist() for _ in range(n)]
+
+    whole = first(9)  # 4 steps an epoch: two epochs and one step
+    assert first(3, start_step=6) == whole[6:]
+    for epoch in (whole[:4], whole[4:8]):
+        assert len({i for batch in epoch for i in batch}) == 48
+    assert whole[:4] != whole[4:8]
+    parts = [first(4, n_processes=2, process=p, accumulation=3) for p in range(2)]
+    assert parts[0][0] + parts[0][1] + parts[0][2] + parts[1][0] + parts[1][1] + parts[1][2] == whole[0]
+    with pytest.raises(ValueError, match="50 records, less than one batch of 64"):
+        StepBatches(50, 64, seed=3)
+    with pytest.raises(ValueError, match=r"batch_size must be divisible .* found 10 for 4 x 1"):
+        own_rows(10, 4, 0, 1, 0)
+
+
+def test_draws_of_a_step():
+    a, b = (step_draws(1, step, 64, (4, 8, 8), "cpu") for step in (5, 6))
+    assert torch.equal(a.eps, step_draws(1, 5, 64, (4, 8, 8), "cpu").eps)
+    for name in ("uniform_time", "uniform_drop", "eps", "latent_noise"):
+        assert not torch.equal(getattr(a, name), getattr(b, name))
+    assert a.eps.std().item() == pytest.approx(1, abs=0.02) and 0 <= a.uniform_time.min() < a.uniform_time.max() < 1
+    assert not torch.equal(a.eps, a.latent_noise)
+
+
+def test_labels_are_dropped_at_the_published_rate():
+    seen = []
+
+    def nnet(x, t, y):
+        seen.append(y)
+        return (x,)
+
+    draws = step_draws(0, 0, 5000, (1, 2, 2), "cpu")
+    labels = torch.zeros(5000, dtype=torch.long)
+    schedule = training.sde.DiscreteSchedule()
+    training.training_loss(nnet, schedule, draws.eps, labels, draws, (1.0,), p_uncond=0.1, null_label=7)
+    assert (seen[0] == 7).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_decay_rule_and_warmup(tiny_config):
+    nnet = training.utils.build_network(tiny_config)
+    decayed, spared = split_decay(nnet)
+    names = {id(p): name for name, p in nnet.named_parameters()}
+    assert all(re.search(r"time_(weight|bias)$", names[id(p)]) for p in spared)
+    assert not any("time_" in names[id(p)] for p in decayed)
+    groups = make_adamw(nnet, 2e-4, (0.99, 0.99), 0.03).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(len(decayed), 0.03), (len(spared), 0.0)]
+    assert [warmup_lr(2e-4, k, 5000) for k in (0, 2500, 5000, 9999)] == [0, 1e-4, 2e-4, 2e-4]
+
+
+def test_ema_by_hand():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.0)
+    ema = EMA(model, 0.9)
+    for value in (2.0, 3.0):
+        torch.nn.init.constant_(model.weight, value)
+        ema.update()
+    assert ema.model.weight.item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("nnet.norm_type", "BN", "norm_type must be one of TDRMSN, LN, RMSN; found 'BN'"),
+        ("nnet.stages[0].depth", 4, r"config.nnet.stages\[0\]: depth of a stage must be odd"),
+        ("nnet.stages[0].num_heads", 5, "num_heads must divide dim"),
+        ("nnet.stages[1].block_type", "UNet", "block_type must be one of TransformerBlock, ConvNeXtBlock"),
+        ("z_shape", (4, 7, 8), "config.z_shape must be divisible by the coarsest patch"),
+        ("z_shape", (4, 16, 16), "record_shape of the store"),
+        ("loss_coeffs", (1.0,), "config.loss_coeffs needs one weight per stage"),
+        ("train.accumulation", 5, "config.train.batch_size must be divisible by processes x accumulation"),
+        ("train.batch_size", 600, "60 records, less than one batch of 600"),
+        ("dataset.path", "nowhere", "nowhere"),
+        ("dataset.kind", "tar", "config.dataset.kind must be latents or images; found 'tar'"),
+        ("dataset.n_classes", 4, "n_classes of the store is 3"),
+        ("autoencoder.pretrained_path", "assets/none.pth", "No autoencoder at assets/none.pth"),
+        ("sample.scale", 0.4, "its 0.4 is --cfg=1.4 here"),
+        ("schedule", "edm", "config.schedule must be one of sd, vpsde, vpsde_cosine; found 'edm'"),
+    ],
+)
+def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, message):
+    place = tiny_config
+    *parents, last = field.replace("[", ".").replace("]", "").split(".")
+    for name in parents:
+        place = place[int(name)] if name.isdigit() else place[name]
+    place[last] = value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        training.train(tiny_config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/digits.py", "--config.train.batchsize=3"], 'Did you mean "batch_size"'),
+        (["--config=configs/digits.py", "--config.nnet.stages[0].depth=4"], "error: config.nnet.stages[0]: depth of"),
+        (["--config=configs/none.py"], "configs/none.py"),
+    ],
+)
+def test_errors_on_the_command_line_are_one_message(tmp_path, flags, message):
+    done = run("train.py", *flags, f"--workdir={tmp_path / 'w'}")
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "w").exists()
