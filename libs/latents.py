@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ MAX_OPEN_FILES = 256  # below the usual limit of 1024 per process, whatever the 
 
 
 class LatentStore:
-    """A complete store, opened for reading; cheap to send to worker processes, which open the files themselves.
+    """A complete store, opened for reading. Threads may share it; worker processes get a copy and open the files anew.
 
     Attributes:
         meta: index.json as a dict (keys: see `docs/latents.md`).
@@ -54,7 +55,7 @@ class LatentStore:
         self.autoencoder = meta["autoencoder"]
         self._record_bytes = math.prod(self.record_shape) * self.dtype.itemsize
         self._starts = np.cumsum([0] + [shard["records"] for shard in meta["shards"]])
-        self._files, self._labels = {}, None
+        self._files, self._labels, self._lock = {}, None, threading.Lock()
 
     @classmethod
     def open(cls, path: str | Path) -> "LatentStore":
@@ -80,8 +81,8 @@ class LatentStore:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getstate__(self):
-        return {**self.__dict__, "_files": {}, "_labels": None}
+    def __reduce__(self):  # open files stay behind
+        return LatentStore, (self.path, self.meta)
 
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Records and labels, in the order of `indices`.
@@ -99,19 +100,22 @@ class LatentStore:
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"Records {indices.min()}..{indices.max()} asked of a store of {len(self)} ({self.path})")
         records = np.empty((len(indices), *self.record_shape), self.dtype)
-        rows = records.reshape(len(indices), math.prod(self.record_shape)).view(np.uint8)
+        rows = memoryview(records.reshape(-1)).cast("B")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         offsets = (indices - self._starts[shards]) * self._record_bytes
-        # In file order; the kernel is told of the whole batch before the first read waits, so that a disk serves many
-        # requests at once.
-        plan = [(row, int(shards[row]), int(offsets[row])) for row in np.argsort(indices, kind="stable")]
-        if hasattr(os, "posix_fadvise"):
-            for _, shard, offset in plan:
-                file, start = self._shard_file(shard)
-                os.posix_fadvise(file.fileno(), start + offset, self._record_bytes, os.POSIX_FADV_WILLNEED)
-        for row, shard, offset in plan:
+        # First what is in memory; the kernel is told of all the rest before the first read waits for the disk, which
+        # then serves many requests at once.
+        waiting = []
+        for k, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
+            row = rows[k * self._record_bytes : (k + 1) * self._record_bytes]
             file, start = self._shard_file(shard)
-            _read_exactly(file, rows[row], start + offset)
+            if not _read_if_cached(file, row, start + offset):
+                waiting.append((file, row, start + offset))
+        if hasattr(os, "posix_fadvise"):
+            for file, row, at in waiting:
+                os.posix_fadvise(file.fileno(), at, len(row), os.POSIX_FADV_WILLNEED)
+        for file, row, at in waiting:
+            _read_exactly(file, row, at)
         return records, self._read_labels(indices)
 
     def verify(self) -> None:
@@ -151,16 +155,20 @@ class LatentStore:
 
     def _shard_file(self, number):
         """(open file, offset of its first record)."""
-        if number not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                self._files.pop(next(iter(self._files)))[0].close()
-            entry = self.meta["shards"][number]
-            path = self.path / entry["file"]
-            file = _open_npy(path, (entry["records"], *self.record_shape), self.dtype)
-            start = file.tell()
-            if hasattr(os, "posix_fadvise"):  # a single record must not drag in the kernel's readahead
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            self._files[number] = file, start
+        found = self._files.get(number)
+        if found is None:
+            with self._lock:
+                found = self._files.get(number) or self._open_shard(number)
+        return found
+
+    def _open_shard(self, number):
+        entry = self.meta["shards"][number]
+        file = _open_npy(self.path / entry["file"], (entry["records"], *self.record_shape), self.dtype)
+        if hasattr(os, "posix_fadvise"):  # a single record must not drag in the kernel's readahead
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        if len(self._files) >= MAX_OPEN_FILES:
+            self._files.pop(next(iter(self._files)))  # closed by whoever lets go of it last, as a thread may be reading
+        self._files[number] = file, file.tell()
         return self._files[number]
 
     def _read_labels(self, indices):
@@ -403,6 +411,16 @@ def _open_npy(path, shape, dtype):
         file.close()
         raise
     return file
+
+
+def _read_if_cached(file, buffer, offset):
+    """Whether `buffer` could be filled without waiting for the disk (never, where the system cannot tell)."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        return os.preadv(file.fileno(), [buffer], offset, os.RWF_NOWAIT) == len(buffer)
+    except OSError:  # not in memory, or a file system that does not know the flag
+        return False
 
 
 def _read_exactly(file, buffer, offset):

@@ -5,6 +5,7 @@ import pickle
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -135,16 +136,40 @@ def test_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
     assert len(store._files) == 2
 
 
+def test_threads_share_a_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(libs.latents, "MAX_OPEN_FILES", 2)
+    records, labels = write_store(tmp_path / "store", images_per_shard=3)
+    store = LatentStore.open(tmp_path / "store")
+    orders = [np.random.default_rng(seed).permutation(50) for seed in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        for order, (read, read_labels) in zip(orders, pool.map(store.read, orders), strict=True):
+            assert np.array_equal(read, records[order]) and np.array_equal(read_labels, labels[order])
+
+
+def test_what_is_not_in_memory_is_waited_for(tmp_path, monkeypatch):
+    records, _ = write_store(tmp_path / "store")
+    preadv = os.preadv
+
+    def never_cached(fd, buffers, offset, flags=0):
+        if flags:
+            raise BlockingIOError(errno.EAGAIN, "would block")
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", never_cached)
+    assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
+
+
 def test_works_without_posix_fadvise(tmp_path, monkeypatch):
     records, _ = write_store(tmp_path / "store")
     monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
 
 
 def test_short_reads_are_continued(tmp_path, monkeypatch):
     records, _ = write_store(tmp_path / "store")
     preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:100]], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:100]], *where))
     assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
 
 
