@@ -293,7 +293,7 @@ class StoreWriter:
             "labels": self._write_npy("labels.npy", np.repeat(labels, n_views)),
             "shards": shards,
         }
-        index["sha256"] = _hash_json(index)
+        index["sha256"] = hash_json(index)
         _check_index(index, self.path / "index.json")
         _write_json(self.path / "index.json", index)
         self.remove_leftovers()
@@ -391,6 +391,11 @@ def hash_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def hash_json(value: dict) -> str:
+    """SHA-256 of a JSON value: of an index, without its own `sha256`, it is what that key holds."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _shard_name(number):
     return f"latents-{number:05d}.npy"
 
@@ -446,10 +451,6 @@ def _write_json(path, value):
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
-def _hash_json(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _check_index(index, file):
     """`index` itself, if it is what this version writes and reading relies on. Raises ValueError naming `file`."""
     if index.get("format") != FORMAT or index.get("version") != VERSION:
@@ -457,7 +458,7 @@ def _check_index(index, file):
             f"{file} is of format {_short(index.get('format'))} version {_short(index.get('version'))}, expected "
             f"{FORMAT} version {VERSION}: extract again, or use the release of this project that wrote it"
         )
-    if _hash_json({key: value for key, value in index.items() if key != "sha256"}) != index.get("sha256"):
+    if hash_json({key: value for key, value in index.items() if key != "sha256"}) != index.get("sha256"):
         raise ValueError(
             f"{file} was altered: its contents do not match its own checksum. Copy it again, or extract again"
         )

@@ -67,10 +67,9 @@ def parse_args(argv=None):
 
 def encode_batch(encode, images, flip):
     """uint8 images (B, 3, H, W) -> moments (B * views, 2C, h, w) in numpy; a mirror image follows its image."""
-    images = images.float() / 127.5 - 1
     if flip:
         images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
-    return encode(images).cpu().numpy()
+    return encode(images.float().div_(127.5).sub_(1)).cpu().numpy()
 
 
 def encode_shards(writer, shards, tree, encode, device, args, show_progress=True):

@@ -59,7 +59,7 @@ def rewrite_index(path, change):
     """Apply `change` to index.json and give it a fitting checksum again."""
     index = json.loads((path / "index.json").read_text())
     change(index)
-    index["sha256"] = libs.latents._hash_json({key: value for key, value in index.items() if key != "sha256"})
+    index["sha256"] = libs.latents.hash_json({key: value for key, value in index.items() if key != "sha256"})
     (path / "index.json").write_text(json.dumps(index))
 
 
