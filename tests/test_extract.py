@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from libs.autoencoder import load_autoencoder
@@ -22,19 +21,9 @@ SCRIPT = ROOT / "scripts" / "extract_imagenet_feature.py"
 CLASSES = {"ants": 11, "bees": 9, "cats": 10}
 
 
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("autoencoder")
-    AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=0.7,
-    ).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def autoencoder(tiny_autoencoder):
+    return tiny_autoencoder
 
 
 @pytest.fixture

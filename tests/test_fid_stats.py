@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
+import pytorch_fid.fid_score
+import pytorch_fid.inception
 import torch
+import torchvision
 from PIL import Image
 
 from scripts import compute_fid_stats
@@ -17,7 +20,7 @@ def images(tmp_path):
     return pixels
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def stand_in_network(monkeypatch):
     """The pixels of a 2 x 2 corner instead of Inception's features: what is tested is everything around them."""
     monkeypatch.setattr(compute_fid_stats, "find_inception", lambda assets: None)
@@ -29,6 +32,7 @@ def stand_in_network(monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("stand_in_network")
 @pytest.mark.parametrize("source", [["--images", "images", "--resolution", "8"], ["--images", "images.npz"]])
 def test_statistics_of_a_folder_and_of_an_npz(images, tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
@@ -39,6 +43,29 @@ def test_statistics_of_a_folder_and_of_an_npz(images, tmp_path, monkeypatch, sou
         np.testing.assert_allclose(stats["sigma"], np.cov(features, rowvar=False))
 
 
+def test_statistics_are_pytorch_fids(images, tmp_path, monkeypatch):
+    """Inception's architecture with random weights, scaled to keep its features apart, against pytorch-fid itself."""
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
+    monkeypatch.setattr(torchvision.models.Inception3, "load_state_dict", lambda network, state: None)
+    torch.manual_seed(0)
+    network = pytorch_fid.inception.InceptionV3([3]).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    monkeypatch.setattr(compute_fid_stats, "find_inception", lambda assets: None)
+    monkeypatch.setattr(compute_fid_stats, "load_inception", lambda path, device: network)
+    monkeypatch.chdir(tmp_path)
+    files = sorted((tmp_path / "images").iterdir())[:4]
+    np.savez("four.npz", images[:4])
+    compute_fid_stats.main(["--images", "four.npz", "--out", "stats.npz", "--batch_size", "3"])
+    mu, sigma = pytorch_fid.fid_score.calculate_activation_statistics(files, network, batch_size=4, num_workers=0)
+    with np.load("stats.npz") as stats:
+        assert np.abs(mu).max() > 0.01
+        np.testing.assert_allclose(stats["mu"], mu, rtol=1e-3, atol=1e-4 * np.abs(mu).max())
+        np.testing.assert_allclose(stats["sigma"], sigma, rtol=1e-3, atol=1e-4 * np.abs(sigma).max())
+
+
+@pytest.mark.usefixtures("stand_in_network")
 def test_bad_input_ends_with_one_line(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -14,22 +14,12 @@ from libs.latents import LatentStore
 from scripts import import_latents, inspect_latents
 from tests.test_latents import damage
 
-N, CLASSES, SCALE = 11, 5, 0.7
+N, CLASSES, SCALE = 11, 5, 0.5
 
 
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("autoencoder")
-    AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=SCALE,
-    ).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def autoencoder(tiny_autoencoder):
+    return tiny_autoencoder
 
 
 def features(channels, n=N, seed=0):
