@@ -127,8 +127,8 @@ def check_space(path, n_bytes):
     free = shutil.disk_usage(path).free
     if free < n_bytes:
         raise OSError(
-            f"{path} needs {n_bytes / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free: free space, set another "
-            f"--out, or use --dtype float16"
+            f"{path} needs {n_bytes / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free: free space, set "
+            f"another --out, or use --dtype float16"
         )
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from libs.autoencoder import load_autoencoder
 from libs.images import centre_crop
 from libs.latents import LatentStore
@@ -74,6 +76,18 @@ def test_half_precision_without_flips_is_the_rounded_store(images, tmp_path, aut
     full = LatentStore.open(tmp_path / "full").read(range(30))[0]
     half = LatentStore.open(tmp_path / "half").read(range(30))[0]
     assert half.dtype == np.float16 and np.array_equal(half, full.astype(np.float16))
+
+
+def test_training_starts_alike_on_either_precision(tiny_images, tiny_config, tmp_path):
+    tiny_config.train.update(n_steps=1, log_interval=1)
+    tiny_config.dataset.num_workers = 0
+    losses = []
+    for dtype in ("float16", "float32"):
+        run(tiny_images, tmp_path / dtype, tiny_config.autoencoder.pretrained_path, "--dtype", dtype)
+        tiny_config.dataset.path = str(tmp_path / dtype)
+        train.train(tiny_config, tmp_path / f"run_{dtype}")
+        losses.append(json.loads((tmp_path / f"run_{dtype}" / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 def test_workers_do_not_change_a_byte(images, tmp_path, autoencoder):
@@ -148,7 +162,7 @@ def test_bad_input_ends_with_one_line(images, tmp_path, autoencoder):
 def test_a_disk_too_small_is_noticed_before_encoding(images, tmp_path, autoencoder, monkeypatch):
     one_byte_short = SimpleNamespace(free=60 * 8 * 8 * 8 * 2 - 1)
     monkeypatch.setattr(extract_imagenet_feature.shutil, "disk_usage", lambda path: one_byte_short)
-    with pytest.raises(SystemExit, match="GB free: free space, set another --out"):
+    with pytest.raises(SystemExit, match="MB free: free space, set another --out"):
         run(images, tmp_path / "out", autoencoder)
 
 
