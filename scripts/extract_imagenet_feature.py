@@ -153,24 +153,8 @@ def extract(args, state):
         "source": {"kind": "images", "n_images": len(tree), "names_sha256": tree.digest},
     }
     writer = StoreWriter(args.out, settings)
-    todo = None
-    if state.is_main_process:
-        writer.begin()
-        if writer.is_complete():
-            writer.remove_leftovers()
-        else:
-            done = writer.entries()
-            todo = [shard for shard in range(writer.n_shards) if shard not in done]
-            n_images = sum(last - first for first, last in map(writer.image_range, todo))
-            record_bytes = np.dtype(args.dtype).itemsize * int(np.prod(settings["record_shape"]))
-            check_space(args.out, n_images * (2 if args.flip else 1) * record_bytes)
-            print(f"{len(tree)} images in {len(tree.class_names)} classes; {n_images} to encode in {len(todo)} shards")
-    (todo,) = broadcast_object_list([todo])
+    todo = run_on_main(state, lambda: prepare(writer, args))
     if todo is None:
-        if state.is_main_process:
-            print(
-                f"{args.out} is complete with these settings ({len(LatentStore.open(args.out))} records): nothing to do"
-            )
         return
 
     if state.device.type == "cpu":
@@ -178,21 +162,65 @@ def extract(args, state):
     torch.backends.cudnn.deterministic = True
     autoencoder.to(state.device)
     mine = todo[state.process_index :: state.num_processes]
-    unreadable = encode_shards(
-        writer, mine, tree, autoencoder.encode_moments, state.device, args, show_progress=state.is_main_process
-    )
-    unreadable = sorted(gather_object(unreadable))
+    unreadable, failures = [], []
+    try:
+        unreadable = encode_shards(
+            writer, mine, tree, autoencoder.encode_moments, state.device, args, show_progress=state.is_main_process
+        )
+    except (ValueError, OSError) as error:  # the other processes finish their shards, which are kept
+        print(f"process {state.process_index} stopped: {error}", file=sys.stderr, flush=True)
+        failures = [str(error)]
+    unreadable, failures = sorted(gather_object(unreadable)), gather_object(failures)
+    run_on_main(state, lambda: finish(writer, tree, unreadable, failures, args))
+
+
+def prepare(writer, args):
+    """Begin the store or look at what is there. Returns the numbers of the shards to encode, None if it is complete."""
+    writer.begin()
+    if writer.is_complete():
+        writer.remove_leftovers()
+        print(f"{args.out} is complete with these settings ({len(LatentStore.open(args.out))} records): nothing to do")
+        return None
+    done = writer.entries()
+    todo = [shard for shard in range(writer.n_shards) if shard not in done]
+    n_images = sum(last - first for first, last in map(writer.image_range, todo))
+    record_bytes = np.dtype(args.dtype).itemsize * int(np.prod(writer.settings["record_shape"]))
+    check_space(args.out, n_images * (2 if args.flip else 1) * record_bytes)
+    n_all, n_classes = writer.settings["source"]["n_images"], len(writer.settings["class_names"])
+    print(f"{n_all} images in {n_classes} classes; {n_images} to encode in {len(todo)} shards")
+    return todo
+
+
+def finish(writer, tree, unreadable, failures, args):
+    """Complete the store, or say why it is not complete."""
+    if unreadable:
+        print(f"{len(unreadable)} images cannot be read:", *[reason for _, reason in unreadable], sep="\n  ")
+    if failures:
+        raise OSError(failures[0])
+    if unreadable and not args.skip_unreadable:
+        raise ValueError(
+            f"{len(unreadable)} images (listed above) cannot be read: replace them, or give --skip_unreadable to leave "
+            f"them out; run again to complete {args.out}"
+        )
+    writer.finish(tree.labels, tree.name)
+    store = LatentStore.open(args.out)
+    print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
+
+
+def run_on_main(state, function):
+    """What `function` returns on the main process, for all processes. If it fails there, the others end quietly."""
+    result, error = None, None
     if state.is_main_process:
-        if unreadable:
-            print(f"{len(unreadable)} images cannot be read:", *[reason for _, reason in unreadable], sep="\n  ")
-        if unreadable and not args.skip_unreadable:
-            raise ValueError(
-                f"{len(unreadable)} images (listed above) cannot be read: replace them, or give --skip_unreadable to "
-                f"leave them out; run again to complete {args.out}"
-            )
-        writer.finish(tree.labels, tree.name)
-        store = LatentStore.open(args.out)
-        print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
+        try:
+            result = function()
+        except (ValueError, OSError) as caught:
+            error = caught
+    result, failed = broadcast_object_list([result, error is not None])
+    if error is not None:
+        raise error
+    if failed:
+        sys.exit(1)
+    return result
 
 
 def main(argv=None):
