@@ -1,39 +1,141 @@
-"""FID features: pytorch-fid's port of the 2015-12-05 TensorFlow Inception network."""
+"""Features of images: pytorch-fid's port of the 2015-12-05 TensorFlow Inception network.
 
-from collections.abc import Iterable
+Two ways in. `AdmInception` takes images as the ADM evaluation suite does (openai/guided-diffusion,
+evaluations/evaluator.py) and gives all that its scores need; `pool_features` takes them as pytorch-fid does. The
+network is the same; the resizing to 299 x 299 is not, nor are the numbers.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from pytorch_fid.inception import InceptionV3
-from torch import Tensor
+from pytorch_fid.inception import InceptionV3, fid_inception_v3
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+SIDE = 299  # pixels: what the network was trained on
+POOL, SPATIAL, CLASSES = 2048, 7 * 17 * 17, 1008  # features of each kind
 
 
 def find_inception(assets: Path) -> Path:
-    """pytorch-fid's weight file, in `assets`/inception or in PyTorch's hub cache.
+    """pytorch-fid's weight file, in `assets`/inception or in PyTorch's hub cache. Nothing is downloaded.
 
     Raises:
-        FileNotFoundError: it is in neither; says where to put it.
+        FileNotFoundError: it is in neither; says how to get it and where to put it.
     """
     places = [assets / "inception" / WEIGHTS, Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS]
     for place in places:
         if place.is_file():
             return place
     raise FileNotFoundError(
-        f"no Inception weights: expected {WEIGHTS} (from the releases of the repository mseitzer/pytorch-fid) at "
-        f"{places[0]} or {places[1]}"
+        f"no Inception weights: expected {WEIGHTS} at {places[0]} or {places[1]}. Put it there (it is in the releases "
+        "of the repository mseitzer/pytorch-fid), or have pytorch-fid download its 96 MB: "
+        'python -c "import pytorch_fid.inception as i; i.fid_inception_v3()"'
     )
 
 
+@contextmanager
+def _read_by_pytorch_fid(path: Path) -> Iterator[None]:
+    """pytorch-fid takes no path: for a while, the weights in `path` are those in PyTorch's hub cache."""
+    cache = torch.hub.get_dir()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "checkpoints").mkdir()
+        (Path(folder) / "checkpoints" / WEIGHTS).symlink_to(Path(path).resolve(strict=True))
+        torch.hub.set_dir(folder)
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)  # pytorch-fid would run any code in the file
+            yield
+        except Exception as error:  # torch.load and load_state_dict raise whatever a damaged file makes them meet
+            raise ValueError(
+                f"{path} does not hold pytorch-fid's Inception weights ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}): remove it and fetch it again"
+            ) from error
+        finally:
+            torch.hub.set_dir(cache)
+
+
+# --- As the ADM suite -------------------------------------------------------------------------------------------------
+
+
+class AdmInception(nn.Module):
+    """uint8 images -> the three kinds of features behind ADM's scores; in eval mode, float32.
+
+    Args:
+        inception: the whole network, as pytorch-fid's `fid_inception_v3()` makes it.
+    """
+
+    def __init__(self, inception: nn.Module):
+        super().__init__()
+        nodes = {"avgpool": "pool", "Mixed_6d.branch1x1": "spatial"}
+        trunk = create_feature_extractor(inception.eval(), nodes).requires_grad_(False)
+        self.trunk = trunk.to(memory_format=torch.channels_last)  # a third faster on a CPU
+        self.register_buffer("class_weights", inception.fc.weight.detach().T.contiguous())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of images, uint8 (B, 3, H, W) on the network's device.
+
+        Returns:
+            pool (B, 2048): `pool_3`;
+            spatial (B, 2023): the first 7 channels of `mixed_6/conv`, flattened in H, W, C order;
+            logits (B, 1008): pool times the last layer's weights, without its bias (as the suite has it).
+
+        Raises:
+            ValueError: anything but uint8 (B, 3, H, W).
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(f"expected images as uint8 (B, 3, H, W); found {images.dtype} {tuple(images.shape)}")
+        x = (resize_like_tensorflow1(images.float(), SIDE) - 128) / 128
+        # cuDNN's default, TF32, keeps 10 bits of the mantissa: not for numbers to be compared with published ones.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            features = self.trunk(x.contiguous(memory_format=torch.channels_last))
+        pool = features["pool"].flatten(1)
+        spatial = features["spatial"][:, :7].permute(0, 2, 3, 1).flatten(1)
+        return pool, spatial, pool @ self.class_weights
+
+
+def resize_like_tensorflow1(images: Tensor, side: int) -> Tensor:
+    """Bilinear resizing with the source at output index x (size / side): no half-pixel offset, no antialiasing.
+
+    TensorFlow 1's resize_bilinear without align_corners, which the ADM suite's graph holds.
+
+    Args:
+        images: floating-point (B, C, H, W).
+
+    Returns:
+        (B, C, side, side).
+    """
+    for axis in (-1, -2):  # TensorFlow's order of rounding: along a row first
+        size = images.shape[axis]
+        # Made in float32 as TensorFlow does.
+        position = torch.arange(side, dtype=torch.float32, device=images.device) * np.float32(size / side).item()
+        low = position.floor().long()
+        share = (position - low).view([-1] + [1] * (-1 - axis))
+        high = (low + 1).clamp(max=size - 1)
+        near, far = images.index_select(axis, low), images.index_select(axis, high)
+        images = near + (far - near) * share
+    return images
+
+
+def load_adm_inception(path: Path, device: torch.device | str) -> AdmInception:
+    """The network of `AdmInception` with the weights in `path`. Raises ValueError for a file without them."""
+    with _read_by_pytorch_fid(path):
+        inception = fid_inception_v3()
+    return AdmInception(inception).to(device)
+
+
+# --- As pytorch-fid ---------------------------------------------------------------------------------------------------
+
+
 def load_inception(path: Path, device: torch.device | str) -> InceptionV3:
-    """pytorch-fid's network with 2048 pool features, in eval mode."""
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
-    if not cached.exists():  # pytorch-fid reads it from nowhere else
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.symlink_to(path.resolve())
-    return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval().to(device)
+    """pytorch-fid's network with 2048 pool features, in eval mode. Raises ValueError for a file without its weights."""
+    with _read_by_pytorch_fid(path):
+        network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[POOL]])
+    return network.eval().to(device)
 
 
 @torch.no_grad()

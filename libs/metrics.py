@@ -10,6 +10,56 @@ import torch
 ROWS = 4096  # rows worked on at a time: a tile of distances is then 64 MB
 
 
+class GaussianStatistics:
+    """Number, mean and scatter of features that arrive in parts, in float64 (Chan, Golub and LeVeque 1979).
+
+    Parts may be given one after the other (`update`), or apart and put together (`merge`): the result is that of all of
+    them at once, to round-off. What is kept is independent of the number of images.
+
+    Attributes:
+        count: images seen. mean: (D,). scatter: (D, D), the sum of the outer products of features minus their mean.
+        The last two are tensors where the features are, None before the first.
+    """
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, None, None
+
+    def update(self, features, name="features"):
+        """Take in features (N, D), N >= 1. Raises ValueError, naming `name`, for what are none, or another D."""
+        for rows in _checked(features, name, n_least=1).split(ROWS):
+            part = GaussianStatistics()
+            rows = rows.double()
+            part.count, part.mean = len(rows), rows.mean(0)
+            rows = rows - part.mean
+            part.scatter = rows.T @ rows
+            self.merge(part)
+
+    def merge(self, other):
+        """Take in what `other` has seen; it stays as it is. Raises ValueError for features of another D."""
+        if other.count == 0:
+            return
+        if self.count == 0:
+            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
+            return
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"expected statistics of the same features, found {len(self.mean)} and {len(other.mean)} dimensions: "
+                "were they made with the same network?"
+            )
+        total = self.count + other.count
+        shift = other.mean - self.mean
+        self.scatter += other.scatter
+        self.scatter.addr_(shift, shift, alpha=self.count * other.count / total)
+        self.mean += shift * (other.count / total)
+        self.count = total
+
+    def mean_and_covariance(self):
+        """(mu, sigma), float64 arrays (D,) and (D, D); N - 1 in the denominator. Raises ValueError for N < 2."""
+        if self.count < 2:
+            raise ValueError(f"expected at least 2 images for a covariance; found {self.count}")
+        return np.array(self.mean.cpu()), (self.scatter / (self.count - 1)).cpu().numpy()
+
+
 def gaussian_statistics(features):
     """Mean and covariance of features.
 
@@ -19,13 +69,9 @@ def gaussian_statistics(features):
     Returns:
         (mu, sigma), float64 arrays (D,) and (D, D); the covariance has N - 1 in its denominator.
     """
-    features = _checked(features, "features")
-    mu = sum(rows.double().sum(0) for rows in features.split(ROWS)) / len(features)
-    scatter = torch.zeros(len(mu), len(mu), dtype=torch.float64, device=mu.device)
-    for rows in features.split(ROWS):
-        centred = rows.double() - mu
-        scatter.addmm_(centred.T, centred)
-    return mu.cpu().numpy(), (scatter / (len(features) - 1)).cpu().numpy()
+    statistics = GaussianStatistics()
+    statistics.update(features)
+    return statistics.mean_and_covariance()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
