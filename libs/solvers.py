@@ -1,17 +1,21 @@
-"""Samplers as pure functions of a noise model: DPM-Solver++ singlestep, "fast" (orders 1 to 3).
+"""Samplers as pure functions of a noise model: DPM-Solver++ singlestep and multistep, DDIM, DDPM, Heun.
 
 Lu et al., DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095). Notation as there: lambda is half the
 log-SNR, h a step in lambda, r1 and r2 the places of inner nodes as shares of h, D the data prediction.
+
+All coefficients are made on the host in float64 before the first evaluation, so that nothing in a loop waits for the
+device.
 """
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 NoiseModel = Callable[[Tensor, float], Tensor]  # eps(x, t): x (B, C, H, W), one time t for the batch
+Draw = Callable[[], Tensor]  # standard normal noise of the shape of x
 
 
 class SolverSchedule(Protocol):
@@ -25,6 +29,40 @@ class SolverSchedule(Protocol):
     def sigma(self, t: Tensor) -> Tensor: ...
 
     def lambda_(self, t: Tensor) -> Tensor: ...
+
+    def inverse_lambda(self, lam: Tensor) -> Tensor: ...
+
+
+class Nodes(NamedTuple):
+    """Times and what the schedule says of them, as lists of floats."""
+
+    t: list[float]
+    alpha: list[float]
+    sigma: list[float]
+    lam: list[float]
+
+
+def at_nodes(schedule: SolverSchedule, times: Tensor) -> Nodes:
+    """The nodes of a solver at falling times, float64 (N + 1,)."""
+    values = times, schedule.log_alpha(times).exp(), schedule.sigma(times), schedule.lambda_(times)
+    return Nodes(*(value.tolist() for value in values))
+
+
+def uniform_times(schedule: SolverSchedule, n: int) -> Tensor:
+    """n intervals of equal length in t, from schedule.t_end to schedule.t_start: float64 (n + 1,)."""
+    return torch.linspace(schedule.t_end, schedule.t_start, n + 1, dtype=torch.float64)
+
+
+def karras_times(schedule: SolverSchedule, n: int, rho: float = 7.0) -> Tensor:
+    """n intervals between the same ends, equal in (sigma / alpha)^(1 / rho) (EDM, arXiv 2206.00364, equation 5)."""
+    ends = torch.tensor([schedule.t_end, schedule.t_start], dtype=torch.float64)
+    first, last = (-schedule.lambda_(ends) / rho).exp().tolist()
+    times = schedule.inverse_lambda(-rho * torch.linspace(first, last, n + 1, dtype=torch.float64).log())
+    times[0], times[-1] = ends  # not a rounding error outside them
+    return times
+
+
+# --- DPM-Solver++ singlestep ------------------------------------------------------------------------------------------
 
 
 def fast_orders(steps: int, order: int) -> list[int]:
@@ -63,8 +101,7 @@ def dpm_solver_fast(noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor
     Raises:
         ValueError: see `fast_orders`.
     """
-    times = torch.linspace(schedule.t_end, schedule.t_start, steps + 1, dtype=torch.float64)
-    return dpm_solver_singlestep(noise_model, schedule, x, times, fast_orders(steps, order))
+    return dpm_solver_singlestep(noise_model, schedule, x, uniform_times(schedule, steps), fast_orders(steps, order))
 
 
 @torch.no_grad()
@@ -73,17 +110,11 @@ def dpm_solver_singlestep(
 ) -> Tensor:
     """DPM-Solver++ singlestep on given times: a step of order k takes k intervals, its inner nodes the times between.
 
-    All coefficients are made on the host in float64 before the first evaluation, so nothing in the loop waits for the
-    device.
-
     Args:
         times: float64 (N + 1,), falling; noise_model is called once at each but the last.
         orders: the order (1, 2 or 3) of each step; they add up to N.
     """
-    t, alpha, sigma, lam = (
-        values.tolist()
-        for values in (times, schedule.log_alpha(times).exp(), schedule.sigma(times), schedule.lambda_(times))
-    )
+    t, alpha, sigma, lam = at_nodes(schedule, times)
 
     def data_prediction(x: Tensor, i: int) -> Tensor:
         return (x - sigma[i] * noise_model(x, t[i])) / alpha[i]
@@ -112,3 +143,145 @@ def dpm_solver_singlestep(
             x = first_order(end) + alpha[end] / r2 * (math.expm1(-h) / h + 1) * (d2 - d0)
         s = end
     return x
+
+
+# --- DPM-Solver++ multistep -------------------------------------------------------------------------------------------
+
+
+def multistep_weights(lam: list[float]) -> list[float]:
+    """Weights w of x_t = sigma_t / sigma_s x_s + alpha_t (w[0] D_0 + w[1] D_1 + ...), the newest D first.
+
+    They are those of the integral of e^(lambda - lambda_t) D(lambda) from lambda_s to lambda_t, D being the polynomial
+    through the last k data predictions; for k = 2 with the paper's midpoint approximation (arXiv 2211.01095,
+    algorithm 2).
+
+    Args:
+        lam: lambda at the k nodes of the data predictions, oldest first, and at the end of the step.
+    """
+    *past, start, end = lam
+    h = end - start
+    i0 = -math.expm1(-h)  # the integrals of e^(u - h) u^m over 0..h, m = 0, 1, 2
+    if not past:
+        return [i0]
+    h0 = start - past[-1]
+    if len(past) == 1:
+        slope = i0 * h / (2 * h0)
+        return [i0 + slope, -slope]
+    # Newton's form D_0 + u D[0, 1] + u (u + h0) D[0, 1, 2]. Published code (3M) takes half of the second difference's
+    # weight, which makes it a method of order 2.
+    i1 = h - i0
+    i2 = h**2 - 2 * i1
+    h1 = past[-1] - past[-2]
+    first, second = i1 / h0, (i2 + h0 * i1) / (h0 + h1)
+    return [i0 + first + second / h0, -first - second / h0 - second / h1, second / h1]
+
+
+@torch.no_grad()
+def dpm_solver_multistep(
+    noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, times: Tensor, order: int
+) -> Tensor:
+    """DPM-Solver++ multistep: each step reuses the data predictions of the ones before it (orders 1, 2 and 3).
+
+    Args:
+        times: float64 (N + 1,), falling; noise_model is called once at each but the last.
+
+    Raises:
+        ValueError: another order.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"the solver's order must be 1, 2 or 3; found {order}")
+    t, alpha, sigma, lam = at_nodes(schedule, times)
+    n = len(t) - 1
+    steps = []
+    for i in range(n):
+        # Fewer at the end of short runs, whose last steps are long (as published).
+        k = min(order, i + 1, n - i if n < 15 else order)
+        steps.append(multistep_weights(lam[i + 1 - k : i + 2]))
+    predictions = []  # newest first
+    for i, weights in enumerate(steps):
+        predictions = [(x - sigma[i] * noise_model(x, t[i])) / alpha[i], *predictions[: order - 1]]
+        x = (sigma[i + 1] / sigma[i]) * x
+        for weight, prediction in zip(weights, predictions, strict=False):  # a lower order leaves the oldest out
+            x = x + (alpha[i + 1] * weight) * prediction
+    return x
+
+
+# --- DDIM and DDPM ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ddim(
+    noise_model: NoiseModel,
+    schedule: SolverSchedule,
+    x: Tensor,
+    times: Tensor,
+    eta: float = 0.0,
+    draw: Draw | None = None,
+) -> Tensor:
+    """DDIM (arXiv 2010.02502, equation 12); with eta = 1, ancestral sampling of DDPM with the smaller variance.
+
+    Args:
+        times: float64 (N + 1,), falling; noise_model is called once at each but the last.
+        eta: share of the posterior's standard deviation that is drawn afresh at each move; the last draws none.
+        draw: gives standard normal noise of the shape of x; from the global generator when None.
+    """
+    t, alpha, sigma, _ = at_nodes(schedule, times)
+    last = len(t) - 2
+    for i in range(last + 1):
+        # The deviation of x_(i+1) given x_i and x_0 (Ho et al., arXiv 2006.11239, equation 7).
+        posterior = sigma[i + 1] / sigma[i] * math.sqrt(1 - (alpha[i] / alpha[i + 1]) ** 2)
+        fresh = eta * posterior
+        eps = noise_model(x, t[i])
+        x = (alpha[i + 1] / alpha[i]) * (x - sigma[i] * eps) + math.sqrt(sigma[i + 1] ** 2 - fresh**2) * eps
+        if fresh and i < last:
+            x = x + fresh * (draw() if draw else torch.randn_like(x))
+    return x
+
+
+# --- Heun -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def heun(
+    noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, times: Tensor, euler_last: bool = False
+) -> Tensor:
+    """Heun's method on d(x / alpha) / d(sigma / alpha) = eps (EDM, arXiv 2206.00364, algorithm 1 without churn).
+
+    Args:
+        times: float64 (N + 1,), falling; two evaluations per interval.
+        euler_last: one evaluation for the last interval.
+    """
+    t, alpha, sigma, _ = at_nodes(schedule, times)
+    ratio = [s / a for s, a in zip(sigma, alpha, strict=True)]
+    last = len(t) - 2
+    for i in range(last + 1):
+        step = ratio[i + 1] - ratio[i]
+        scaled = x / alpha[i]
+        eps = noise_model(x, t[i])
+        x = alpha[i + 1] * (scaled + step * eps)
+        if i < last or not euler_last:
+            eps = (eps + noise_model(x, t[i + 1])) / 2
+            x = alpha[i + 1] * (scaled + step * eps)
+    return x
+
+
+# --- By name ----------------------------------------------------------------------------------------------------------
+
+Solver = Callable[[NoiseModel, SolverSchedule, Tensor, int, Draw | None], Tensor]
+
+# solver(noise_model, schedule, x, steps, draw): from noise x at t_end to t_start in `steps` evaluations of noise_model.
+# Only ddpm calls draw. Steps are uniform in t but for heun's, which are EDM's.
+SOLVERS: dict[str, Solver] = {
+    "dpm_solver": lambda eps, schedule, x, steps, draw: dpm_solver_fast(eps, schedule, x, steps),
+    "dpm_solver_2m": lambda eps, schedule, x, steps, draw: dpm_solver_multistep(
+        eps, schedule, x, uniform_times(schedule, steps), 2
+    ),
+    "dpm_solver_3m": lambda eps, schedule, x, steps, draw: dpm_solver_multistep(
+        eps, schedule, x, uniform_times(schedule, steps), 3
+    ),
+    "ddim": lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps)),
+    "ddpm": lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps), 1.0, draw),
+    "heun": lambda eps, schedule, x, steps, draw: heun(
+        eps, schedule, x, karras_times(schedule, (steps + 1) // 2), euler_last=steps % 2 == 1
+    ),
+}
