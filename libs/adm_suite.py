@@ -68,7 +68,7 @@ class NpzImages:
     def _open(self):
         """The archive's arr_0 at its first value, its shape and dtype."""
         with naming_damage(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            yield member, *read_npy_header(member, f"arr_0 of {self.path}")
+            yield member, *read_npy_header(member, f"{self.path}: arr_0")
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Images start..stop - 1 (default: all) as uint8 (B, 3, H, W), B at most `batch_size`.

@@ -57,7 +57,7 @@ class GaussianStatistics:
         """(mu, sigma), float64 arrays (D,) and (D, D); N - 1 in the denominator. Raises ValueError for N < 2."""
         if self.count < 2:
             raise ValueError(f"expected at least 2 images for a covariance; found {self.count}")
-        return np.array(self.mean.cpu()), (self.scatter / (self.count - 1)).cpu().numpy()
+        return self.mean.cpu().numpy().copy(), (self.scatter / (self.count - 1)).cpu().numpy()
 
 
 def gaussian_statistics(features):

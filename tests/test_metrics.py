@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from libs import metrics
 from libs.metrics import frechet_distance, gaussian_statistics, inception_score, precision_recall
@@ -127,3 +130,45 @@ def test_refuses_too_few_and_mismatched(rng):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
     with pytest.raises(ValueError, match="sigma2 holds NaN"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(3), np.full((3, 3), np.nan))
+
+
+def test_statistics_of_parts_are_those_of_the_whole(rng, small_tiles):
+    """Given one after the other, and made apart and merged in another order; far from the origin, where sums cancel."""
+    features = rng.normal(size=(300, 9)) @ rng.normal(size=(9, 9)) + 1e4
+    parts = np.split(features, [1, 40, 41, 230])
+    in_order, merged = metrics.GaussianStatistics(), metrics.GaussianStatistics()
+    for part in parts:
+        in_order.update(part)
+    for part in reversed(parts):
+        alone = metrics.GaussianStatistics()
+        alone.update(torch.from_numpy(part))
+        merged.merge(alone)
+        merged.merge(metrics.GaussianStatistics())
+    for statistics in (in_order, merged):
+        assert statistics.count == 300
+        mu, sigma = statistics.mean_and_covariance()
+        np.testing.assert_allclose(mu, features.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(sigma, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-9)
+    mu, _ = merged.mean_and_covariance()
+    kept = mu.copy()
+    merged.update(features)
+    np.testing.assert_array_equal(mu, kept)  # what was given out does not change
+    with pytest.raises(ValueError, match="found 9 and 2 dimensions"):
+        merged.update(features[:, :2])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_scores_are_torch_fidelitys(seed):
+    """On the same features. Its splits of the Inception Score are of equal sizes, so 4 x 50 here."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(200, 12)), 1.1 * rng.normal(size=(150, 12)) + 0.2
+    statistics = [fid_features_to_statistics(torch.from_numpy(features)) for features in (x, y)]
+    fid = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    found = frechet_distance(*gaussian_statistics(x), *gaussian_statistics(y))
+    logits = torch.from_numpy(3 * x)
+    score = isc_features_to_metric(logits, splits=4, shuffle=False)["inception_score_mean"]
+    print(f"Fréchet {found:.9f} {fid:.9f}, Inception Score {inception_score(logits, 50):.9f} {score:.9f}")
+    assert found == pytest.approx(fid, rel=1e-8)
+    assert inception_score(logits, 50) == pytest.approx(score, rel=1e-12)
+    expected = calculate_precision_recall_full(torch.from_numpy(y), torch.from_numpy(x))
+    assert precision_recall(x, y) == pytest.approx(expected, abs=1e-6)
