@@ -53,6 +53,14 @@ def uniform_times(schedule: SolverSchedule, n: int) -> Tensor:
     return torch.linspace(schedule.t_end, schedule.t_start, n + 1, dtype=torch.float64)
 
 
+def lambda_times(schedule: SolverSchedule, n: int) -> Tensor:
+    """n intervals of equal length in lambda between the same ends: float64 (n + 1,)."""
+    ends = torch.tensor([schedule.t_end, schedule.t_start], dtype=torch.float64)
+    times = schedule.inverse_lambda(torch.linspace(*schedule.lambda_(ends).tolist(), n + 1, dtype=torch.float64))
+    times[0], times[-1] = ends  # not a rounding error outside them
+    return times
+
+
 def karras_times(schedule: SolverSchedule, n: int, rho: float = 7.0) -> Tensor:
     """n intervals between the same ends, equal in (sigma / alpha)^(1 / rho) (EDM, arXiv 2206.00364, equation 5)."""
     ends = torch.tensor([schedule.t_end, schedule.t_start], dtype=torch.float64)
@@ -151,9 +159,8 @@ def dpm_solver_singlestep(
 def multistep_weights(lam: list[float]) -> list[float]:
     """Weights w of x_t = sigma_t / sigma_s x_s + alpha_t (w[0] D_0 + w[1] D_1 + ...), the newest D first.
 
-    They are those of the integral of e^(lambda - lambda_t) D(lambda) from lambda_s to lambda_t, D being the polynomial
-    through the last k data predictions; for k = 2 with the paper's midpoint approximation (arXiv 2211.01095,
-    algorithm 2).
+    They integrate e^(lambda - lambda_t) D(lambda) from lambda_s to lambda_t, D being the polynomial through the last k
+    data predictions, k 2 or 3; for 2 with the paper's approximation (arXiv 2211.01095, algorithm 2).
 
     Args:
         lam: lambda at the k nodes of the data predictions, oldest first, and at the end of the step.
@@ -161,8 +168,6 @@ def multistep_weights(lam: list[float]) -> list[float]:
     *past, start, end = lam
     h = end - start
     i0 = -math.expm1(-h)  # the integrals of e^(u - h) u^m over 0..h, m = 0, 1, 2
-    if not past:
-        return [i0]
     h0 = start - past[-1]
     if len(past) == 1:
         slope = i0 * h / (2 * h0)
@@ -180,28 +185,40 @@ def multistep_weights(lam: list[float]) -> list[float]:
 def dpm_solver_multistep(
     noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, times: Tensor, order: int
 ) -> Tensor:
-    """DPM-Solver++ multistep: each step reuses the data predictions of the ones before it (orders 1, 2 and 3).
+    """DPM-Solver++ multistep: each step reuses the data predictions of the order - 1 before it.
+
+    It starts with one singlestep step of one order less over as many intervals, which keeps the order of the whole (for
+    order 2 that is the published start).
 
     Args:
-        times: float64 (N + 1,), falling; noise_model is called once at each but the last.
+        times: float64 (N + 1,), falling, N at least the order; noise_model is called once at each but the last.
+        order: 2 or 3.
 
     Raises:
-        ValueError: another order.
+        ValueError: another order, or fewer steps than it.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"the solver's order must be 1, 2 or 3; found {order}")
+    if order not in (2, 3):
+        raise ValueError(f"the multistep solver's order must be 2 or 3; found {order}")
     t, alpha, sigma, lam = at_nodes(schedule, times)
     n = len(t) - 1
-    steps = []
-    for i in range(n):
-        # Fewer at the end of short runs, whose last steps are long (as published).
-        k = min(order, i + 1, n - i if n < 15 else order)
-        steps.append(multistep_weights(lam[i + 1 - k : i + 2]))
-    predictions = []  # newest first
-    for i, weights in enumerate(steps):
-        predictions = [(x - sigma[i] * noise_model(x, t[i])) / alpha[i], *predictions[: order - 1]]
+    if n < order:
+        raise ValueError(
+            f"a solver of order {order} needs at least {order} steps; found {n}: raise sample.sample_steps"
+        )
+    weights = [multistep_weights(lam[i - order + 1 : i + 2]) for i in range(order - 1, n)]
+    predictions = []  # of the data, newest first
+
+    def remembering(x: Tensor, time: float) -> Tensor:
+        eps, i = noise_model(x, time), len(predictions)
+        predictions.insert(0, (x - sigma[i] * eps) / alpha[i])
+        return eps
+
+    x = dpm_solver_singlestep(remembering, schedule, x, times[:order], [order - 1])
+    for i in range(order - 1, n):
+        newest = (x - sigma[i] * noise_model(x, t[i])) / alpha[i]
+        predictions = [newest, *predictions[: order - 1]]
         x = (sigma[i + 1] / sigma[i]) * x
-        for weight, prediction in zip(weights, predictions, strict=False):  # a lower order leaves the oldest out
+        for weight, prediction in zip(weights[i - order + 1], predictions, strict=True):
             x = x + (alpha[i + 1] * weight) * prediction
     return x
 
@@ -270,14 +287,15 @@ def heun(
 Solver = Callable[[NoiseModel, SolverSchedule, Tensor, int, Draw | None], Tensor]
 
 # solver(noise_model, schedule, x, steps, draw): from noise x at t_end to t_start in `steps` evaluations of noise_model.
-# Only ddpm calls draw. Steps are uniform in t but for heun's, which are EDM's.
+# Only ddpm calls draw. Grids: uniform in t where the released sampler or the paper has it; in lambda for the multistep
+# solvers, which are far more exact there (benchmarks/results/solvers.md); EDM's for heun.
 SOLVERS: dict[str, Solver] = {
     "dpm_solver": lambda eps, schedule, x, steps, draw: dpm_solver_fast(eps, schedule, x, steps),
     "dpm_solver_2m": lambda eps, schedule, x, steps, draw: dpm_solver_multistep(
-        eps, schedule, x, uniform_times(schedule, steps), 2
+        eps, schedule, x, lambda_times(schedule, steps), 2
     ),
     "dpm_solver_3m": lambda eps, schedule, x, steps, draw: dpm_solver_multistep(
-        eps, schedule, x, uniform_times(schedule, steps), 3
+        eps, schedule, x, lambda_times(schedule, steps), 3
     ),
     "ddim": lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps)),
     "ddpm": lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps), 1.0, draw),
