@@ -122,6 +122,25 @@ def wait_for(writes: list[Future]) -> None:
         write.result()  # raises what the writing raised: a full disk must not pass unseen
 
 
+def sample_and_score(config: ml_collections.ConfigDict, folder: Path, nnet, autoencoder, accelerator) -> float | None:
+    """Make the images and labels of a set in `folder`, on all processes; returns its FID on the main one (see
+    `utils.report_fid` for when there is none)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
+    schedule = sde.get_schedule(config.schedule)
+    sample = utils.make_sampler(
+        config, nnet, nnet.null_label, schedule, autoencoder, accelerator, config.sample.sample_steps
+    )
+    made = sample_set(sample, config, folder, accelerator)
+    made = accelerator.reduce(torch.tensor(made, device=accelerator.device)).item()
+    if not accelerator.is_main_process:
+        return None
+    labels = [utils.balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
+    (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels))
+    logging.info("%d images made, %d were there; labels in %s", made, n_samples - made, folder / LABELS_FILE)
+    return utils.report_fid(config.fid_stat, folder, n_samples, accelerator.device)
+
+
 def evaluate(config: ml_collections.ConfigDict, nnet_path: str, folder: str | Path) -> None:
     """Sample config.sample.n_samples images into `folder` with the weights at `nnet_path`, and score them.
 
@@ -144,26 +163,8 @@ def evaluate(config: ml_collections.ConfigDict, nnet_path: str, folder: str | Pa
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
-    accelerator.wait_for_everyone()
-
-    n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
-    logging.info("%s: %d samples into %s, guidance scale %g", weights, n_samples, folder, config.sample.scale)
-    sample = utils.make_sampler(
-        config,
-        nnet,
-        nnet.null_label,
-        sde.get_schedule(config.schedule),
-        autoencoder,
-        accelerator,
-        config.sample.sample_steps,
-    )
-    made = sample_set(sample, config, folder, accelerator)
-    made = accelerator.reduce(torch.tensor(made, device=accelerator.device)).item()
-    if main:
-        labels = [utils.balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
-        (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels))
-        logging.info("%d images made, %d were there; labels in %s", made, n_samples - made, folder / LABELS_FILE)
-        utils.report_fid(config.fid_stat, folder, n_samples, accelerator.device)
+    logging.info("%s: %d samples, guidance scale %g", weights, config.sample.n_samples, config.sample.scale)
+    sample_and_score(config, folder, nnet, autoencoder, accelerator)
     utils.finish(accelerator)
 
 

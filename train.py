@@ -3,40 +3,38 @@
     accelerate launch [--multi_gpu --num_processes N --num_machines M] [--mixed_precision fp16|bf16] train.py \
         --config=configs/NAME.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-One process or many, GPU or CPU. The same command again goes on from the newest checkpoint. Writes into the work folder
-(workdir/NAME unless given): ckpts/<step>.ckpt, samples/<step>.png (a grid from the EMA weights), metrics.jsonl, and
-TensorBoard logs under tensorboard/.
+One process or many, GPU or CPU. The same command again goes on from the newest whole checkpoint, exactly. Writes into
+the work folder (workdir/NAME unless given): ckpts/<step>.ckpt, samples/<step>.png (a grid from the EMA weights) and
+samples/strip.png (how it came about), metrics.jsonl, and TensorBoard logs under tensorboard/. SIGTERM and SIGUSR1 save
+at the next step and end with status 75 and the file requeue in the work folder: run the command again.
 """
 
 import contextlib
 import json
-import time
+import os
+import shutil
+import sys
 from pathlib import Path
 
+import accelerate
 import ml_collections
 import torch
 from absl import flags, logging
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import eval as evaluation
 import sde
 import utils
+from libs import checkpoint, monitor
 from libs.autoencoder import sample_latents
-from libs.checkpoint import (
-    EMA_FILE,
-    OPTIMIZER_FILE,
-    WEIGHTS_FILE,
-    checkpoint_folders,
-    load_optimizer_tensors,
-    load_weights,
-    optimizer_tensors,
-    read_checkpoint,
-    save_checkpoint,
-)
 from libs.data import StepBatches, make_loader, own_rows
-from libs.ema import EMA
-from libs.optim import make_adamw, set_lr, split_decay, warmup_lr
+from libs.ema import EMA, PowerEMA
+from libs.interrupt import REQUEUE_STATUS, StopRequest
+from libs.optim import clip_or_skip, make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
+
+REQUEUE_FILE = "requeue"
 
 
 def to_network_input(records: Tensor, draws: StepDraws, scaling_factor: float | None) -> Tensor:
@@ -46,75 +44,124 @@ def to_network_input(records: Tensor, draws: StepDraws, scaling_factor: float | 
     return sample_latents(records, draws.latent_noise, scaling_factor)
 
 
-def training_loss(
+def resolution_losses(
     nnet: nn.Module,
     schedule: sde.Schedule,
     x0: Tensor,
     labels: Tensor,
     draws: StepDraws,
-    weights: tuple[float, ...],
     p_uncond: float,
     null_label: int,
 ) -> Tensor:
-    """Mean multi-resolution loss of a batch: x0 (B, C, H, W), labels (B,) -> scalar."""
+    """Squared error of the noise predictions per resolution and image: x0 (B, C, H, W), labels (B,) -> (R, B)."""
     t = schedule.times(draws.uniform_time)
     xt = schedule.add_noise(x0, draws.eps, t)
     labels = torch.where(draws.uniform_drop < p_uncond, null_label, labels)
-    predictions = nnet(xt, schedule.network_time(t), labels)
-    return sde.multi_resolution_loss(predictions, draws.eps, weights).mean()
+    return sde.resolution_losses(nnet(xt, schedule.network_time(t), labels), draws.eps)
 
 
-def resume(ckpt_root: Path, nnet: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, scaler) -> int:
-    """Load the newest whole checkpoint, naming damaged ones; returns the step to go on from (0: none)."""
-    for folder in checkpoint_folders(ckpt_root):
+def make_averages(nnet: nn.Module, config: ml_collections.ConfigDict) -> dict[str, EMA]:
+    """The averages of a run by file name: the published one first, then extra rates and power-function profiles."""
+    averages = {checkpoint.EMA_FILE: EMA(nnet, config.ema.rate)}
+    for rate in config.ema.extra_rates:
+        averages[f"nnet_ema_rate_{rate:g}.safetensors"] = EMA(nnet, rate)
+    for width in config.ema.power_widths:
+        averages[f"nnet_ema_width_{width:g}.safetensors"] = PowerEMA(nnet, width)
+    return averages
+
+
+def start_from(nnet: nn.Module, config: ml_collections.ConfigDict) -> None:
+    """Load config.init.path, fitted to this model, and freeze the parameters that config.init.freeze names."""
+    if config.init.path:
+        file = checkpoint.find_weights(config.init.path)
+        state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file))
+        checkpoint.load_weights(nnet, state, str(file))
+        logging.info("starting from %s", file)
+        for note in notes:
+            logging.info("  %s", note)
+    for pattern in config.init.freeze:
+        names = checkpoint.freeze(nnet, pattern)
+        logging.info("frozen by %r: %d tensors", pattern, len(names))
+
+
+def resume(
+    ckpt_root: Path, config: ml_collections.ConfigDict, nnet: nn.Module, averages: dict[str, EMA], optimizer, scaler
+) -> int:
+    """Load the newest whole checkpoint, naming damaged ones; returns the step to go on from (0: none).
+
+    Raises:
+        ValueError: it was trained with other settings; the message lists them.
+    """
+    for folder in checkpoint.checkpoint_folders(ckpt_root):
         try:
-            state, tensors = read_checkpoint(folder)
+            state, tensors = checkpoint.read_checkpoint(folder)
         except ValueError as error:
             logging.warning("passed over: %s", error)
             continue
-        load_weights(nnet, tensors[WEIGHTS_FILE], str(folder / WEIGHTS_FILE))
-        load_weights(ema.model, tensors[EMA_FILE], str(folder / EMA_FILE))
-        load_optimizer_tensors(optimizer, nnet, tensors[OPTIMIZER_FILE])
+        utils.check_same_run(config, state["config"], folder)
+        checkpoint.load_weights(nnet, tensors[checkpoint.WEIGHTS_FILE], str(folder))
+        for name, average in averages.items():
+            if name not in tensors:
+                raise ValueError(f"{folder} has no {name}: config.ema cannot change within a run")
+            checkpoint.load_weights(average.model, tensors[name], str(folder / name))
+        checkpoint.load_optimizer_tensors(optimizer, nnet, tensors[checkpoint.OPTIMIZER_FILE])
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
+        if state["code"] != utils.code_version():
+            logging.warning("%s was written by code %s, this is %s", folder, state["code"], utils.code_version())
         logging.info("going on from %s", folder)
         return state["step"]
     return 0
 
 
 def save(
-    folder: Path, config: ml_collections.ConfigDict, step: int, nnet: nn.Module, ema: EMA, optimizer, scaler
-) -> None:
-    """Write everything that `resume` needs; the data order and all noise follow from the seed and the step."""
+    folder: Path, config: ml_collections.ConfigDict, step: int, nnet: nn.Module, averages: dict, optimizer, scaler
+) -> bool:
+    """Write everything that `resume` needs, and remove what config.train no longer keeps; False if it failed.
+
+    There is no random state in it: the data order and all noise follow from the seed and the step. A checkpoint that
+    cannot be written (a full disk) is lost, the run and the older checkpoints are not.
+    """
     tensors = {
-        WEIGHTS_FILE: nnet.state_dict(),
-        EMA_FILE: ema.state_dict(),
-        OPTIMIZER_FILE: optimizer_tensors(optimizer, nnet),
+        checkpoint.WEIGHTS_FILE: nnet.state_dict(),
+        checkpoint.OPTIMIZER_FILE: checkpoint.optimizer_tensors(optimizer, nnet),
+        **{name: average.state_dict() for name, average in averages.items()},
     }
     state = {"step": step, "scaler": scaler.state_dict() if scaler is not None else None}
-    save_checkpoint(folder, tensors, {**state, "config": utils.config_json(config)})
+    state |= {"code": utils.code_version(), "config": utils.config_json(config)}
+    try:
+        checkpoint.save_checkpoint(folder, tensors, state)
+    except OSError as error:
+        logging.error("checkpoint %s is lost, training goes on: %s", folder, error)
+        return False
+    checkpoint.prune_checkpoints(folder.parent, config.train.keep_last, config.train.keep_interval)
+    return True
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
-    """Train until config.train.n_steps updates are done. See the module's docstring for what it writes.
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
+    """Train until config.train.n_steps updates are done, or a signal asks to stop.
+
+    Returns:
+        The exit status: 0, or `REQUEUE_STATUS` after a signal.
 
     Raises:
         ValueError, FileNotFoundError: settings or files that do not fit, before anything is written.
+        FloatingPointError: too many updates in a row were not finite.
     """
-    workdir = Path(workdir)
-    ckpt_root = workdir / "ckpts"
-    settings = config.train
+    workdir, settings = Path(workdir), config.train
     log_with = ["tensorboard"] + (["wandb"] if config.wandb.mode != "disabled" else [])
     accelerator = utils.make_accelerator(log_with=log_with, project_dir=str(workdir))
-    device, main = accelerator.device, accelerator.is_main_process
+    device, main, scaler = accelerator.device, accelerator.is_main_process, accelerator.scaler
     if not main:
         logging.set_verbosity(logging.ERROR)
 
+    # Everything that a user can get wrong, before anything is written.
     utils.check_sampling(config)
     weights = utils.loss_weights(config)
     schedule = sde.get_schedule(config.schedule)
+    n_processes, process = accelerator.num_processes, accelerator.process_index
     rows = [
-        own_rows(settings.batch_size, accelerator.num_processes, accelerator.process_index, settings.accumulation, part)
+        own_rows(settings.batch_size, n_processes, process, settings.accumulation, part)
         for part in range(settings.accumulation)
     ]
     torch.manual_seed(config.seed)
@@ -123,115 +170,170 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     autoencoder = utils.open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
     scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
-    StepBatches(len(dataset), settings.batch_size, config.seed)  # refuses a data set smaller than a batch
 
-    ema = EMA(nnet, config.ema_rate)
+    start_from(nnet, config)
+    averages = make_averages(nnet, config)
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
-    step = resume(ckpt_root, nnet, ema, optimizer, accelerator.scaler)
+    step = resume(workdir / "ckpts", config, nnet, averages, optimizer, scaler)
+    batches = StepBatches(
+        len(dataset), settings.batch_size, config.seed, step, n_processes, process, settings.accumulation
+    )
     if step >= settings.n_steps:
         logging.info("already trained for %d steps: nothing to do", step)
         utils.finish(accelerator)
-        return
+        return 0
 
-    batches = StepBatches(
-        len(dataset),
-        settings.batch_size,
-        config.seed,
-        start_step=step,
-        n_processes=accelerator.num_processes,
-        process=accelerator.process_index,
-        accumulation=settings.accumulation,
-    )
-    loader = make_loader(dataset, batches, config.dataset.num_workers, pin_memory=device.type == "cuda")
-    data = iter(loader)
+    data = iter(make_loader(dataset, batches, config.dataset.num_workers, pin_memory=device.type == "cuda"))
     wrapped, wrapped_optimizer = accelerator.prepare(nnet, optimizer)
-
     if main:
         workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / REQUEUE_FILE).unlink(missing_ok=True)
         (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
+        log = utils.MetricsLog(workdir / "metrics.jsonl", step)
+        describe_run(config, workdir, nnet, accelerator, len(dataset), batches.steps_per_epoch)
     accelerator.init_trackers(
         config.wandb.project if config.wandb.mode != "disabled" else "tensorboard",
         init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": utils.config_json(config)}},
     )
-    log = utils.MetricsLog(workdir / "metrics.jsonl", step) if main else None
-    decayed, spared = split_decay(nnet)
-    logging.info(
-        "%s: %d parameters (%d decayed, %d not); batch %d = %d processes x %d passes x %d; %d records, %d steps per "
-        "epoch; %s precision on %s",
-        workdir,
-        sum(p.numel() for p in nnet.parameters()),
-        sum(p.numel() for p in decayed),
-        sum(p.numel() for p in spared),
-        settings.batch_size,
-        accelerator.num_processes,
-        settings.accumulation,
-        settings.batch_size // (accelerator.num_processes * settings.accumulation),
-        len(dataset),
-        batches.steps_per_epoch,
-        accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
-        device,
-    )
-
     n_rows = min(settings.grid_classes, max(config.dataset.n_classes, 1))
     grid_labels = [label for label in range(n_rows) for _ in range(settings.grid_per_class)]
+    sampled_network = averages[checkpoint.EMA_FILE].model
     sample = utils.make_sampler(
-        config, ema.model, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps
+        config, sampled_network, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps
     )
+    flops_per_image = monitor.training_flops_per_image(utils.build_network_on_meta(config), tuple(config.z_shape))
+    losses, timer = monitor.LossMeter(len(weights), device), monitor.StepTimer(device)
+    loss_weights = torch.tensor(weights, device=device)
+    skipped = torch.zeros(2, device=device)  # updates that were not finite: in a row, in all
+    saved_step, status = step, 0
+    stop = StopRequest()
     progress = tqdm(total=settings.n_steps, initial=step, unit="step", disable=not main, dynamic_ncols=True)
-    loss_sum, since_log, clock = torch.zeros((), device=device), 0, time.perf_counter()
 
     nnet.train()
+    timer.reset()
     while step < settings.n_steps:
         lr = warmup_lr(config.optimizer.lr, step, config.lr_scheduler.warmup_steps)
         set_lr(wrapped_optimizer, lr)
         draws = step_draws(config.seed, step, settings.batch_size, tuple(config.z_shape), device)
         wrapped_optimizer.zero_grad()
         for part in range(settings.accumulation):
-            last = part == settings.accumulation - 1
             records, labels = next(data)
+            timer.mark("data")
             records, labels = records.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             own = draws.rows(rows[part])
+            last = part == settings.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
                 x0 = to_network_input(records, own, scaling_factor)
-                loss = training_loss(wrapped, schedule, x0, labels, own, weights, config.dataset.p_uncond, null_label)
-                accelerator.backward(loss / settings.accumulation)
-            loss_sum += loss.detach() / settings.accumulation
+                by_resolution = resolution_losses(
+                    wrapped, schedule, x0, labels, own, config.dataset.p_uncond, null_label
+                )
+                loss = loss_weights @ by_resolution  # (B,)
+                accelerator.backward(loss.mean() / settings.accumulation)
+            losses.add(by_resolution.detach(), loss.detach(), own.uniform_time)
+            timer.mark("forward_backward")
+        if scaler is not None:
+            accelerator.unscale_gradients(wrapped_optimizer)
+        grad_norm = clip_or_skip(optimizer, settings.grad_clip, skipped)
         wrapped_optimizer.step()
-        ema.update()
         step += 1
-        since_log += 1
+        for average in averages.values():
+            average.update(step)
+        stopping = stop.agreed()
+        timer.mark("rest")
         progress.update()
+        done = step == settings.n_steps
 
-        if step % settings.log_interval == 0 or step == settings.n_steps:
-            loss = accelerator.reduce(loss_sum, reduction="mean").item() / since_log
-            now = time.perf_counter()
-            metrics = {"loss": loss, "lr": lr, "images_per_second": settings.batch_size * since_log / (now - clock)}
+        if step % settings.log_interval == 0 or done or stopping:
+            metrics = {**losses.read(accelerator), "lr": lr, "grad_norm": grad_norm.item(), **timer.read()}
+            in_row, in_all = skipped.tolist()
+            metrics |= utils.throughput(metrics["seconds_per_step/all"], config, flops_per_image, accelerator)
+            metrics["skipped_updates"] = in_all
             accelerator.log(metrics, step=step)
             if main:
                 log.write(step, metrics)
-                progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
-            loss_sum, since_log, clock = torch.zeros((), device=device), 0, now
+                progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
+            if in_row >= settings.max_skipped:
+                raise FloatingPointError(
+                    f"{int(in_row)} updates in a row up to step {step} had a loss or gradient that is not finite; the "
+                    f"last checkpoint is of step {saved_step}. Lower config.optimizer.lr, set config.train.grad_clip, "
+                    "or use bf16 in place of fp16 (config.train.max_skipped sets how many are allowed)"
+                )
 
         if main and step % settings.eval_interval == 0:
             images = sample(range(len(grid_labels)), grid_labels)
             utils.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
-            clock = time.perf_counter()  # sampling is not training time
+            utils.save_strip(workdir / "samples", settings.grid_per_class)
+            timer.reset()
 
-        if main and (step % settings.save_interval == 0 or step == settings.n_steps):
-            save(ckpt_root / f"{step}.ckpt", config, step, nnet, ema, optimizer, accelerator.scaler)
-            clock = time.perf_counter()
+        if step % settings.save_interval == 0 or done or stopping:
+            if main and save(workdir / "ckpts" / f"{step}.ckpt", config, step, nnet, averages, optimizer, scaler):
+                saved_step = step
+            timer.reset()
+
+        if settings.fid_interval and step % settings.fid_interval == 0:
+            fid = fid_of_samples(config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator)
+            if fid is not None:
+                accelerator.log({"fid": fid}, step=step)
+                log.write(step, {"fid": fid})
+            timer.reset()
+
+        if stopping:
+            status = REQUEUE_STATUS
+            break
 
     progress.close()
-    logging.info("trained for %d steps; weights in %s", step, ckpt_root / f"{step}.ckpt")
+    stop.close()
+    if main:
+        if status:
+            (workdir / REQUEUE_FILE).write_text(f"{step}\n")
+        logging.info("%s at step %d; weights in %s", "stopped" if status else "trained", step, workdir / "ckpts")
     # The wrapped model and what refers to it go before the processes part (see utils.finish).
-    del wrapped, wrapped_optimizer, optimizer, loader, data, loss, loss_sum
+    del wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample, stop
     utils.finish(accelerator)
+    return status
+
+
+def describe_run(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    nnet: nn.Module,
+    accelerator: accelerate.Accelerator,
+    n_records: int,
+    steps_per_epoch: int,
+) -> None:
+    """The derived numbers of a run, logged once at its start."""
+    decayed, spared = split_decay(nnet)
+    n_decayed, n_spared = (sum(p.numel() for p in group) for group in (decayed, spared))
+    batch, passes, n_processes = config.train.batch_size, config.train.accumulation, accelerator.num_processes
+    logging.info("%s: %d parameters", workdir, sum(p.numel() for p in nnet.parameters()))
+    logging.info("  decayed: %d in %d tensors; not: %d in %d", n_decayed, len(decayed), n_spared, len(spared))
+    logging.info(
+        "  batch %d = %d processes x %d passes x %d", batch, n_processes, passes, batch // n_processes // passes
+    )
+    logging.info("  data %s: %d records, %d steps per epoch", config.dataset.path, n_records, steps_per_epoch)
+    logging.info("  %s precision on %s; code %s", accelerator.mixed_precision, accelerator.device, utils.code_version())
+
+
+def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerator) -> float | None:
+    """FID of config.train.fid_samples images, by the code of eval.py; the images are removed. None but on the main
+    process, or where the reference or the Inception weights are missing."""
+    config = ml_collections.ConfigDict(config)
+    config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
+    fid = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder)
+    return fid
 
 
 def main(argv: list[str]) -> None:
     utils.no_arguments(argv)
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    train(config, workdir or Path("workdir") / utils.config_name())
+    status = train(config, workdir or Path("workdir") / utils.config_name())
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # a launcher would turn a SystemExit's status into its own
 
 
 if __name__ == "__main__":

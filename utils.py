@@ -1,8 +1,11 @@
 """From a config to the things it describes, and what train.py and eval.py share: start-up, sampling, errors, end."""
 
+import functools
 import gc
 import json
 import os
+import re
+import subprocess
 import sys
 import time
 import traceback
@@ -16,8 +19,9 @@ import numpy as np
 import torch
 from absl import app, flags, logging
 from ml_collections import config_flags
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.io import read_image
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
 import sde
@@ -28,6 +32,7 @@ from libs.images import ImageDataset
 from libs.inception import find_inception, load_inception, pool_features
 from libs.latents import LatentStore
 from libs.metrics import frechet_distance, gaussian_statistics
+from libs.monitor import peak_flops
 from libs.randomness import SampleNoise
 from libs.solvers import dpm_solver_fast
 
@@ -78,6 +83,12 @@ def build_network(config: ml_collections.ConfigDict) -> DiMR:
         norm_type=config.nnet.norm_type,
         block_grad_to_lowres=config.nnet.block_grad_to_lowres,
     )
+
+
+def build_network_on_meta(config: ml_collections.ConfigDict) -> DiMR:
+    """The network without memory for its weights: for counting."""
+    with torch.device("meta"):
+        return build_network(config)
 
 
 def loss_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
@@ -245,7 +256,7 @@ def report_fid(fid_stat: str, folder: Path, n_samples: int, device: torch.device
     with np.load(fid_stat) as reference:
         mu, sigma = reference["mu"], reference["sigma"]
     batches = (
-        torch.stack([read_image(str(folder / f"{i}.png")) for i in range(start, min(start + 50, n_samples))])
+        torch.stack([read_png(folder / f"{i}.png") for i in range(start, min(start + 50, n_samples))])
         for start in range(0, n_samples, 50)
     )
     fid = frechet_distance(*gaussian_statistics(pool_features(inception, batches, device)), mu, sigma)
@@ -264,6 +275,82 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def read_png(path: Path) -> Tensor:
+    """A picture file as uint8 (3, H, W)."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def save_strip(folder: Path, columns: int, most: int = 20) -> None:
+    """strip.png from the grids <step>.png of a folder: a column per grid, its first sample of each class, by step."""
+    grids = sorted((p for p in folder.glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
+    chosen = [grids[i] for i in sorted({round(k * (len(grids) - 1) / (most - 1)) for k in range(most)})]
+    strips = []
+    for path in chosen:
+        grid = read_png(path)
+        strips.append(grid[:, :, : (grid.shape[2] - 2) // columns])
+    save_image(torch.cat(strips, dim=2).float() / 255, folder / "strip.png")
+
+
+def throughput(seconds: float, config: ml_collections.ConfigDict, flops_per_image: float, accelerator) -> dict:
+    """Images per second over all processes, FLOP/s per device (and its share of the peak if known), memory."""
+    images_per_second = config.train.batch_size / seconds
+    flops = images_per_second * flops_per_image / accelerator.num_processes
+    result = {"images_per_second": images_per_second, "tflops_per_device": flops / 1e12}
+    if peak := peak_flops(accelerator.device):
+        result["share_of_peak"] = flops / peak
+        result["memory_gb"] = torch.cuda.max_memory_allocated(accelerator.device) / 1e9
+    return result
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+# Settings that change nothing of what a run computes; the others must be as in its checkpoint.
+FREE_SETTINGS = (
+    r"train\.(n_steps|accumulation|\w+_interval|keep_last|grid_\w+|fid_\w+|max_skipped)",
+    r"(sample|wandb|init)\..*|fid_stat|resume_changes",
+    r"dataset\.(path|num_workers)|autoencoder\.pretrained_path",  # the store knows its autoencoder
+)
+
+
+def flat(values: dict | list, prefix: str = "") -> dict:
+    """Nested JSON values as {"a.b[0].c": value}."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    result = {}
+    for key, value in items:
+        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
+        result |= flat(value, name) if isinstance(value, (dict, list)) and value else {name: value}
+    return result
+
+
+def check_same_run(config: ml_collections.ConfigDict, saved: dict, source: Path) -> None:
+    """Raises ValueError if a checkpoint's config differs from this one in anything that matters; lists both values."""
+    now, then = flat(config_json(config)), flat(saved)
+    allowed = FREE_SETTINGS + tuple(re.escape(name) + r"(\..*|\[.*)?" for name in config.resume_changes)
+    different = [
+        f"config.{name}: {then.get(name)} there, {now.get(name)} now"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and not any(re.fullmatch(pattern, name) for pattern in allowed)
+    ]
+    if different:
+        raise ValueError(
+            f"{source} was trained with other settings:\n  "
+            + "\n  ".join(different)
+            + "\nUse another --workdir, or name what may change in --config.resume_changes=\"('optimizer.lr',)\""
+        )
+
+
+@functools.cache
+def code_version() -> str:
+    """The git commit of this code, "unknown" outside a checkout, and PyTorch's version."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return f"{commit}, torch {torch.__version__}"
 
 
 # --- Start and end of a program ---------------------------------------------------------------------------------------

@@ -68,6 +68,12 @@ def base():
         log_interval=10,  # updates between log lines
         eval_interval=5000,  # updates between grids of samples
         save_interval=50_000,  # updates between checkpoints (one is also written at the end)
+        keep_last=3,  # newest checkpoints that are kept
+        keep_interval=50_000,  # checkpoints at multiples of this many updates are kept for good; 0: none
+        grad_clip=0.0,  # largest norm of the gradient; 0: no clipping (published)
+        max_skipped=50,  # updates in a row that may be skipped for a loss or gradient that is not finite
+        fid_interval=0,  # updates between FIDs of the EMA weights; 0: none; needs config.fid_stat
+        fid_samples=10_000,  # images for each, made in grid_steps evaluations
         grid_classes=10,  # classes (rows) of the grid
         grid_per_class=5,  # samples of each
     )
@@ -80,7 +86,16 @@ def base():
     config.lr_scheduler = d(
         warmup_steps=5000,  # updates of linear warm-up, then constant
     )
-    config.ema_rate = 0.9999  # per update
+    config.ema = d(
+        rate=0.9999,  # of the average that is sampled with, per update
+        extra_rates=(),  # further rates, averaged and saved beside it
+        power_widths=(),  # EDM2's power-function averages by relative width, such as (0.05, 0.1); see docs/training.md
+    )
+    config.init = d(
+        path="",  # weights to start from (file or checkpoint folder); another resolution or class count is adapted
+        freeze=(),  # regular expressions of parameter names that are not trained
+    )
+    config.resume_changes = ()  # settings (such as "optimizer.lr") that may differ from the checkpoint's when resuming
 
     config.sample = d(
         algorithm="dpm_solver",  # dpm_solver (fast singlestep), euler_maruyama_sde or euler_maruyama_ode (continuous)

@@ -5,12 +5,15 @@ Nothing here unpickles freely: `.pth` files are read with weights_only=True.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -209,3 +212,69 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def prune_checkpoints(root: Path, keep_last: int, keep_interval: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_interval` steps (0: none)."""
+    for folder in checkpoint_folders(root)[keep_last:]:
+        if not (keep_interval and int(folder.stem) % keep_interval == 0):
+            shutil.rmtree(folder)
+
+
+# --- Starting from other weights --------------------------------------------------------------------------------------
+
+
+def adapt_weights(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Make weights of another resolution or class count fit: (state dict, what was done, a line each).
+
+    Position tables are interpolated (bicubic) to the model's grids; class embeddings of another count are left as the
+    model has initialised them. Everything else must fit as it is.
+    """
+    state, own, notes = dict(to_own_names(state, model)), model.state_dict(), []
+    for r, stage in enumerate(model.stages):
+        name = f"stages.{r}.pos_embed.weight"
+        table, grid = state.get(name), (stage.spec.max_height, stage.spec.max_width)
+        if table is not None and table.shape[0] != own[name].shape[0] and table.shape[1] == own[name].shape[1]:
+            old = grid_of(table.shape[0], grid)
+            image = rearrange(table.float(), "(h w) D -> 1 D h w", h=old[0])
+            image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+            state[name] = rearrange(image, "1 D h w -> (h w) D").to(table.dtype)
+            notes.append(f"{name}: interpolated from {old[0]}x{old[1]} to {grid[0]}x{grid[1]} cells")
+        name = f"stages.{r}.class_embed.weight"
+        if name in state and state[name].shape[0] != own[name].shape[0]:
+            notes.append(f"{name}: {state[name].shape[0]} classes with the null one, {own[name].shape[0]} here: fresh")
+            state[name] = own[name].clone()
+    return state, notes
+
+
+def grid_of(rows: int, like: tuple[int, int]) -> tuple[int, int]:
+    """The height and width of a position table of `rows` cells: of the shape of `like`, else square.
+
+    Raises:
+        ValueError: neither fits.
+    """
+    height = round((rows * like[0] / like[1]) ** 0.5)
+    for candidate in (height, math.isqrt(rows)):
+        if candidate and rows % candidate == 0 and candidate * (rows // candidate) == rows:
+            width = rows // candidate
+            if width * like[0] == candidate * like[1] or width == candidate:
+                return candidate, width
+    raise ValueError(f"a position table of {rows} cells is neither square nor of the shape {like[0]}:{like[1]}")
+
+
+def freeze(model: nn.Module, pattern: str) -> list[str]:
+    """Stop training the parameters whose name matches a regular expression; returns their names.
+
+    Raises:
+        ValueError: no name matches, or the pattern is not a regular expression.
+    """
+    try:
+        names = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"config.init.freeze: {pattern!r} is not a regular expression: {error}") from error
+    if not names:
+        example = next(name for name, _ in model.named_parameters())
+        raise ValueError(f"config.init.freeze: {pattern!r} matches no parameter (names look like {example})")
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return names

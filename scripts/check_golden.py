@@ -136,7 +136,7 @@ def check_training(golden: dict[str, Tensor], metadata: dict[str, str]) -> Itera
         loss = losses().mean()
         loss.backward()
         optimizer.step()
-        ema.update()
+        ema.update(step + 1)
         history.append(loss.item())
     yield "fit", torch.tensor(history), golden["fit/losses"]
     x, t = golden["x"], golden["log_snr"] / 4

@@ -14,6 +14,9 @@ fi
 mkdir -p $OUT
 [ -f $OUT/.seconds ] || echo 0 > $OUT/.seconds
 
+# accelerate would give a lone process on a CPU one thread only.
+LAUNCH="--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(getconf _NPROCESSORS_ONLN)"
+
 step() {  # print and run a command, counting its seconds also over interrupted runs
     echo "+ $*"
     local start=$SECONDS
@@ -24,10 +27,10 @@ step() {  # print and run a command, counting its seconds also over interrupted 
 step python scripts/make_digits.py --out $OUT/digits
 step python scripts/extract_imagenet_feature.py --images $OUT/digits/train --out $OUT/latents \
     --autoencoder assets/digits_autoencoder --resolution 32 --no-flip --dtype float32
-step accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py \
+step accelerate launch $LAUNCH train.py \
     --config=configs/digits.py --workdir=$OUT/train
 LAST=$(ls -d $OUT/train/ckpts/*.ckpt | sort -V | tail -n 1)
-step accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no eval.py \
+step accelerate launch $LAUNCH eval.py \
     --config=configs/digits.py --nnet_path="$LAST" --IMGsave_path=$OUT/images
 step python img2npz.py $OUT/images --out $OUT/images.npz
 step python scripts/score_digits.py --images $OUT/images --digits $OUT/digits --train_dir $OUT/train \

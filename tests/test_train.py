@@ -131,7 +131,7 @@ def test_labels_are_dropped_at_the_published_rate():
     draws = step_draws(0, 0, 5000, (1, 2, 2), "cpu")
     labels = torch.zeros(5000, dtype=torch.long)
     schedule = training.sde.DiscreteSchedule()
-    training.training_loss(nnet, schedule, draws.eps, labels, draws, (1.0,), p_uncond=0.1, null_label=7)
+    training.resolution_losses(nnet, schedule, draws.eps, labels, draws, p_uncond=0.1, null_label=7)
     assert (seen[0] == 7).float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
@@ -150,9 +150,9 @@ def test_ema_by_hand():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.0)
     ema = EMA(model, 0.9)
-    for value in (2.0, 3.0):
+    for step, value in enumerate((2.0, 3.0), start=1):
         torch.nn.init.constant_(model.weight, value)
-        ema.update()
+        ema.update(step)
     assert ema.model.weight.item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
 
 

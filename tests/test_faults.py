@@ -1,0 +1,249 @@
+"""Training under faults: killed, told to stop, out of disk, fed with NaN, resumed with other settings."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, overrides, run
+from test_train import assert_same_checkpoint, losses
+
+import train as training
+from libs import checkpoint
+from libs.ema import EMA, PowerEMA, gamma_of_width, posthoc_weights, width_of_gamma
+from libs.latents import LatentStore
+
+
+def start(config, workdir, *flags):
+    command = [sys.executable, "train.py", *overrides(config), f"--workdir={workdir}", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(workdir, step):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (workdir / "metrics.jsonl").exists() and len(losses(workdir)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("training did not get going")
+
+
+def test_killed_at_any_moment_it_goes_on_exactly(tiny_config, tmp_path):
+    tiny_config.train.update(n_steps=60, save_interval=1, eval_interval=1000)
+    training.train(tiny_config, tmp_path / "straight")
+    rng = random.Random(0)
+    for kill in range(2):
+        process = start(tiny_config, tmp_path / "killed")
+        wait_for_step(tmp_path / "killed", 15 * (kill + 1))
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.communicate()
+    training.train(tiny_config, tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert_same_checkpoint(tmp_path / "killed" / "ckpts" / "60.ckpt", tmp_path / "straight" / "ckpts" / "60.ckpt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save_and_ask_for_a_requeue(tiny_config, tmp_path, number):
+    tiny_config.train.update(n_steps=5000, save_interval=10_000, eval_interval=10_000)
+    process = start(tiny_config, tmp_path)
+    wait_for_step(tmp_path, 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    step = int((tmp_path / "requeue").read_text())
+    assert [p.name for p in (tmp_path / "ckpts").iterdir()] == [f"{step}.ckpt"]
+    tiny_config.train.n_steps = step + 2
+    assert training.train(tiny_config, tmp_path) == 0
+    assert not (tmp_path / "requeue").exists() and len(losses(tmp_path)) == step + 2
+
+
+def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch):
+    save_file, calls = checkpoint.save_file, []
+
+    def full_once(tensors, path):
+        calls.append(path)
+        if len(calls) == 5:  # in the middle of the second checkpoint, half a file written
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_once)
+    tiny_config.train.save_interval = 2
+    training.train(tiny_config, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["2.ckpt", "6.ckpt"]
+
+
+def test_not_finite_updates_are_skipped_and_counted(tiny_config, tmp_path, monkeypatch):
+    read, calls = LatentStore.read, []
+
+    def poisoned(self, indices):
+        records, labels = read(self, indices)
+        calls.append(1)
+        if len(calls) in (2, 3):
+            records = np.full_like(records, np.nan)
+        return records, labels
+
+    monkeypatch.setattr(LatentStore, "read", poisoned)
+    training.train(tiny_config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_updates"] for line in lines] == [0, 1, 2, 2, 2, 2]
+    assert np.isfinite([line["loss"] for line in lines[3:]]).all()
+
+    calls.clear()
+    tiny_config.train.update(max_skipped=2, save_interval=1)
+    with pytest.raises(FloatingPointError, match=r"2 updates in a row up to step 3 .* last checkpoint is of step 2"):
+        training.train(tiny_config, tmp_path / "stopped")
+    _, tensors = checkpoint.read_checkpoint(tmp_path / "stopped" / "ckpts" / "2.ckpt")
+    assert all(torch.isfinite(t).all() for t in tensors["nnet.safetensors"].values())
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_files_are_named_and_passed_over(tiny_config, tmp_path, damage, caplog):
+    tiny_config.train.n_steps = 6
+    training.train(tiny_config, tmp_path)
+    folder = tmp_path / "ckpts" / "6.ckpt"
+    file = folder / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        file.write_bytes(content[:-10])
+    elif damage == "flip":
+        content[-100] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"optimizer.safetensors"):
+        checkpoint.read_checkpoint(folder)
+    before = losses(tmp_path)
+    training.train(tiny_config, tmp_path)
+    assert losses(tmp_path) == before
+    checkpoint.read_checkpoint(folder)  # written again, whole
+
+
+def test_other_settings_are_refused_unless_allowed(tiny_config, tmp_path):
+    tiny_config.train.n_steps = 3
+    training.train(tiny_config, tmp_path)
+    tiny_config.train.n_steps = 4
+    tiny_config.optimizer.lr = 5e-4
+    with pytest.raises(ValueError, match=r"config.optimizer.lr: 0.001 there, 0.0005 now"):
+        training.train(tiny_config, tmp_path)
+    tiny_config.resume_changes = ("optimizer.lr",)
+    training.train(tiny_config, tmp_path)
+    assert len(losses(tmp_path)) == 4
+
+
+def test_old_checkpoints_are_pruned(tiny_config, tmp_path):
+    tiny_config.train.update(save_interval=1, keep_last=2, keep_interval=3)
+    training.train(tiny_config, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["3.ckpt", "5.ckpt", "6.ckpt"]
+
+
+def test_moving_between_numbers_of_processes(tiny_config, tmp_path):
+    """2 processes, then 1, then 2 with accumulation: the losses of one straight run."""
+    training.train(tiny_config, tmp_path / "straight")
+    for n_steps, processes, accumulation in ((2, 2, 1), (4, 1, 1), (6, 2, 2)):
+        tiny_config.train.update(n_steps=n_steps, accumulation=accumulation)
+        done = run("train.py", *overrides(tiny_config), f"--workdir={tmp_path / 'moved'}", processes=processes)
+        assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "straight"), rtol=2e-5)
+
+
+def test_starting_from_weights_of_another_size(tiny_config, tmp_path, tiny_autoencoder):
+    tiny_config.train.n_steps = 3
+    training.train(tiny_config, tmp_path / "first")
+    source = training.utils.build_network(tiny_config)
+    training.utils.load_network_weights(source, tmp_path / "first" / "ckpts" / "3.ckpt")
+    tiny_config.z_shape = (4, 16, 8)
+    tiny_config.dataset.n_classes = 7
+    tiny_config.init.update(path=str(tmp_path / "first" / "ckpts" / "3.ckpt"), freeze=(r"^stages\.0\.blocks",))
+    nnet = training.utils.build_network(tiny_config)
+    fresh = nnet.stages[0].class_embed.weight.clone()
+    training.start_from(nnet, tiny_config)
+    assert torch.equal(nnet.stages[0].class_embed.weight, fresh)
+    old, new = (model.stages[1].pos_embed.weight for model in (source, nnet))
+    assert new.shape == (128, 16) and new.mean().item() == pytest.approx(old.mean().item(), abs=1e-3)
+    assert torch.equal(nnet.stages[1].blocks[0].mlp.w0.weight, source.stages[1].blocks[0].mlp.w0.weight)
+    assert not nnet.stages[0].blocks[0].mlp.w0.weight.requires_grad and nnet.stages[1].skips[0].weight.requires_grad
+    tiny_config.init.freeze = ("nothing",)
+    with pytest.raises(ValueError, match="'nothing' matches no parameter"):
+        training.start_from(nnet, tiny_config)
+
+
+def test_frozen_parts_stay_as_they_are(tiny_config, tmp_path):
+    tiny_config.init.freeze = (r"^stages\.0",)
+    tiny_config.train.n_steps = 3
+    torch.manual_seed(tiny_config.seed)
+    initial = training.utils.build_network(tiny_config).state_dict()
+    training.train(tiny_config, tmp_path)
+    _, tensors = checkpoint.read_checkpoint(tmp_path / "ckpts" / "3.ckpt")
+    for name, tensor in tensors["nnet.safetensors"].items():
+        if name.startswith("stages.0"):
+            assert torch.equal(tensor, initial[name]), name
+    assert not torch.equal(tensors["nnet.safetensors"]["stages.1.skips.0.weight"], initial["stages.1.skips.0.weight"])
+
+
+def test_power_function_average_has_its_profile():
+    """Averaging the step number itself gives the profile's mean; its exponent gives back its width."""
+    for width in (0.05, 0.1, 0.2):
+        assert width_of_gamma(gamma_of_width(width)) == pytest.approx(width)
+        model = torch.nn.Linear(1, 1, bias=False)
+        average = PowerEMA(model, width)
+        for step in range(1, 2001):
+            torch.nn.init.constant_(model.weight, step)
+            average.update(step)
+        gamma = gamma_of_width(width)
+        assert average.model.weight.item() / 2000 == pytest.approx((gamma + 1) / (gamma + 2), rel=2e-3)
+    with pytest.raises(ValueError, match=r"must be in \(0, 0.28\); found 0.3"):
+        gamma_of_width(0.3)
+
+
+def test_posthoc_reconstruction_is_close_to_the_average_itself():
+    rng = np.random.default_rng(0)
+    track = np.cumsum(rng.standard_normal(2000)) / 40  # weights on a random walk
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    averages = {width: PowerEMA(model, width) for width in (0.05, 0.1, 0.07)}
+    stored, values = [], []
+    for step in range(1, 2001):
+        torch.nn.init.constant_(model.weight, track[step - 1])
+        for width, average in averages.items():
+            average.update(step)
+            if step % 200 == 0 and width != 0.07:
+                stored.append((step, width))
+                values.append(average.model.weight.item())
+    rebuilt = posthoc_weights(stored, 2000, 0.07) @ values
+    wanted, nearest = averages[0.07].model.weight.item(), averages[0.05].model.weight.item()
+    assert abs(rebuilt - wanted) < 0.05 * abs(nearest - wanted)
+
+
+def test_posthoc_script_on_a_run(tiny_config, tmp_path):
+    tiny_config.ema.update(power_widths=(0.05, 0.1), extra_rates=(0.5,))
+    tiny_config.train.update(save_interval=2, keep_last=10)
+    training.train(tiny_config, tmp_path)
+    out = tmp_path / "ema.safetensors"
+    done = run("scripts/posthoc_ema.py", "--ckpts", tmp_path / "ckpts", "--width", "0.1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    rebuilt, kept = (
+        checkpoint.read_state_dict(p) for p in (out, tmp_path / "ckpts" / "6.ckpt" / "nnet_ema_width_0.1.safetensors")
+    )
+    assert all(torch.allclose(rebuilt[name], kept[name], atol=1e-5) for name in kept)
+    assert (tmp_path / "ckpts" / "6.ckpt" / "nnet_ema_rate_0.5.safetensors").exists()
+    shutil.rmtree(tmp_path / "ckpts")
+    done = run("scripts/posthoc_ema.py", "--ckpts", tmp_path / "ckpts", "--width", "0.1", "--out", out)
+    assert done.returncode != 0 and "error: no power-function averages" in done.stderr
+
+
+def test_ema_is_one_operation_whatever_the_model():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(10)))
+    ema = EMA(model, 0.9)
+    with torch.profiler.profile() as profile:
+        ema.update(1)
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::_foreach_lerp_") == 1
