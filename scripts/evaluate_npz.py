@@ -5,7 +5,7 @@
 
 SAMPLES is an .npz with images as uint8 `arr_0` (N, H, W, 3), as img2npz.py writes it. REF is ADM's reference .npz
 (images and/or mu, sigma, mu_s, sigma_s) or U-ViT's (mu, sigma); what it does not allow is left out and said. Images are
-streamed; memory is 12 KB per image and about 1 GB. Runs on the GPUs, or on CPU (hours for 50,000 images).
+streamed; what is kept of 50,000 of them, and the distances between them, need about 3 GB. Runs on GPUs or the CPU.
 """
 
 import argparse
