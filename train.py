@@ -183,7 +183,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
         utils.finish(accelerator)
         return 0
 
-    data = iter(make_loader(dataset, batches, config.dataset.num_workers, pin_memory=device.type == "cuda"))
+    data = make_loader(dataset, batches, config.dataset.num_workers, pin_memory=device.type == "cuda")
     wrapped, wrapped_optimizer = accelerator.prepare(nnet, optimizer)
     if main:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from libs.latents import LatentStore
 from libs.metrics import frechet_distance, gaussian_statistics
 from libs.monitor import peak_flops
 from libs.randomness import SampleNoise
-from libs.solvers import dpm_solver_fast
+from libs.solvers import SOLVERS, dpm_solver_fast
 
 ROOT = Path(__file__).resolve().parent
 
@@ -164,7 +164,7 @@ def load_network_weights(nnet: nn.Module, path: str | Path) -> Path:
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
-SAMPLERS = ("dpm_solver", "euler_maruyama_sde", "euler_maruyama_ode")
+SAMPLERS = (*SOLVERS, "euler_maruyama_sde", "euler_maruyama_ode")
 
 
 def check_sampling(config: ml_collections.ConfigDict) -> None:
@@ -172,16 +172,15 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
     sample = config.sample
     if sample.algorithm not in SAMPLERS:
         raise ValueError(f"config.sample.algorithm must be one of {', '.join(SAMPLERS)}; found {sample.algorithm!r}")
-    if sample.algorithm != "dpm_solver" and config.schedule == "sd":
+    if sample.algorithm.startswith("euler_maruyama") and config.schedule == "sd":
         raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
     if sample.order not in (1, 2, 3):
         raise ValueError(f"config.sample.order must be 1, 2 or 3; found {sample.order}")
-    if sample.algorithm == "dpm_solver" and sample.sample_steps < sample.order:
-        raise ValueError(
-            f"config.sample.sample_steps must be at least the solver's order, {sample.order}; "
-            f"found {sample.sample_steps}"
-        )
-    for name in ("n_samples", "mini_batch_size", "sample_steps"):
+    least = {"dpm_solver": sample.order, "dpm_solver_2m": 2, "dpm_solver_3m": 3}.get(sample.algorithm, 1)
+    for name in ("sample_steps", "grid_steps"):
+        if sample[name] < least:
+            raise ValueError(f"config.sample.{name} must be at least the solver's order, {least}; found {sample[name]}")
+    for name in ("n_samples", "mini_batch_size"):
         if sample[name] < 1:
             raise ValueError(f"config.sample.{name} must be at least 1; found {sample[name]}")
     sde.check_guidance(sample.scale, sample.scale_pow)
@@ -223,6 +222,8 @@ def make_sampler(
         with accelerator.autocast():
             if settings.algorithm == "dpm_solver":
                 x = dpm_solver_fast(noise_model, schedule, x, steps, settings.order)
+            elif settings.algorithm in SOLVERS:
+                x = SOLVERS[settings.algorithm](noise_model, schedule, x, steps, noise.draw)
             else:
                 ode = settings.algorithm == "euler_maruyama_ode"
                 x = sde.euler_maruyama(noise_model, schedule, x, steps, ode, noise.draw)
@@ -397,13 +398,13 @@ def no_arguments(argv: list[str]) -> None:
 def run(main: Callable[[list[str]], None]) -> None:
     """app.run, with errors of the project's own checks shown as one line instead of a stack trace.
 
-    A ValueError or OSError raised anywhere else (a library, a bug) keeps its stack trace.
+    An error raised anywhere else (a library, a bug) keeps its stack trace.
     """
 
     def clear_main(argv: list[str]) -> None:
         try:
             main(argv)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
             if not raised_by_own_check(error):
                 raise
             if os.environ.get("RANK", "0") != "0":
@@ -421,7 +422,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Flags from the command line; a bad one, or an override of a field that does not exist, ends in one line."""
     try:
         rest = app.parse_flags_with_usage(argv)
-        flags.FLAGS.config  # noqa: B018 (a missing file is reported at the first use only)
+        flags.FLAGS.config.to_dict  # noqa: B018 (a missing file is reported at the first use only)
         return rest
     except (AttributeError, KeyError, IndexError) as error:
         problem = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")

@@ -98,7 +98,9 @@ def base():
     config.resume_changes = ()  # settings (such as "optimizer.lr") that may differ from the checkpoint's when resuming
 
     config.sample = d(
-        algorithm="dpm_solver",  # dpm_solver (fast singlestep), euler_maruyama_sde or euler_maruyama_ode (continuous)
+        # dpm_solver (fast singlestep; released), dpm_solver_2m, dpm_solver_3m, ddim, ddpm, heun; with a continuous
+        # schedule also euler_maruyama_sde, euler_maruyama_ode
+        algorithm="dpm_solver",
         order=3,  # of dpm_solver: 1, 2 or 3
         sample_steps=250,  # network evaluations per image when evaluating
         grid_steps=50,  # network evaluations for the grids while training

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from libs.latents import LatentStore
 from libs.randomness import epoch_order
+from libs.read_ahead import read_ahead
 
 
 def own_rows(batch_size: int, n_processes: int, process: int, accumulation: int, part: int) -> slice:
@@ -78,19 +80,25 @@ class TensorReads:
         return torch.from_numpy(records), torch.from_numpy(labels)
 
 
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
+def make_loader(dataset, batches: StepBatches, num_workers: int, pin_memory: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """The endless (records, labels) of `batches`, in order, read ahead.
 
-
-def make_loader(dataset, batches: StepBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    """An endless loader of (records, labels) in the order of `batches`, read ahead by worker processes."""
-    return DataLoader(
+    A latent store is read by threads, which hand their arrays over as they are; images are decoded by worker
+    processes, which Python's lock does not hold up. num_workers 0 reads in the training process.
+    """
+    if num_workers and isinstance(dataset, LatentStore):
+        return read_ahead(dataset, batches, num_workers, pin_memory)
+    loader = DataLoader(
         TensorReads(dataset),
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        # Own generator: making an iterator draws from the global one otherwise.
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # its own: making an iterator draws from the global one otherwise
     )
+    return iter(loader)
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch

@@ -134,7 +134,7 @@ def test_other_settings_are_refused_unless_allowed(tiny_config, tmp_path):
     training.train(tiny_config, tmp_path)
     tiny_config.train.n_steps = 4
     tiny_config.optimizer.lr = 5e-4
-    with pytest.raises(ValueError, match=r"config.optimizer.lr: 0.001 there, 0.0005 now"):
+    with pytest.raises(ValueError, match=r"config.optimizer.lr: 0.003 there, 0.0005 now"):
         training.train(tiny_config, tmp_path)
     tiny_config.resume_changes = ("optimizer.lr",)
     training.train(tiny_config, tmp_path)
