@@ -20,10 +20,10 @@ def get_config():
     config.autoencoder.pretrained_path = "assets/digits_autoencoder"
     config.fid_stat = ""
 
-    config.train.n_steps = 2400
+    config.train.n_steps = 2000
     config.train.batch_size = 64
-    config.train.eval_interval = 800
-    config.train.save_interval = 800
+    config.train.eval_interval = 500
+    config.train.save_interval = 500
     config.train.keep_last = 2
     config.train.keep_interval = 0
     # A short run: larger and less inert steps than the published ones, and an average that spans its last quarter.
