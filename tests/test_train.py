@@ -74,11 +74,12 @@ def test_division_of_the_batch_changes_nothing(tiny_config, straight, tmp_path, 
     np.testing.assert_allclose(losses(tmp_path), losses(straight), rtol=2e-5)
 
 
-def test_bf16_and_wandb_offline(tiny_config, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_and_wandb_offline(tiny_config, tmp_path, precision):
     flags = [*overrides(tiny_config), "--config.wandb.mode=offline", "--config.train.n_steps=3"]
-    done = run("train.py", *flags, f"--workdir={tmp_path}", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    done = run("train.py", *flags, f"--workdir={tmp_path}", env={"ACCELERATE_MIXED_PRECISION": precision})
     assert done.returncode == 0, done.stderr
-    assert "bf16 precision" in done.stderr and len(losses(tmp_path)) == 3
+    assert f"{precision} precision" in done.stderr and len(losses(tmp_path)) == 3
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
