@@ -64,7 +64,7 @@ def test_only_missing_and_damaged_images_are_made_again(tiny_config, weights, tm
 def test_other_settings_are_refused(tiny_config, weights, tmp_path):
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
     tiny_config.sample.scale = 2.0
-    with pytest.raises(ValueError, match=r"made with other settings \(scale: 1.4 there, 2.0 now\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(scale: 4.0 there, 2.0 now\)"):
         evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
 
 
