@@ -405,7 +405,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         try:
             main(argv)
         except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-            if not raised_by_own_check(error):
+            if lost_process(error):
+                error = f"another process of this run is gone; run the command again to go on ({error})"
+            elif not raised_by_own_check(error):
                 raise
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(3)  # if the first process fails alike, the launcher ends this one before it says it again
@@ -430,6 +432,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (OSError, ImportError, SyntaxError) as error:
         message = f"--config could not be read: {str(error).splitlines()[-1].strip()}"
     sys.exit(f"error: {message}")
+
+
+def lost_process(error: BaseException) -> bool:
+    """Did a collective operation fail because the connection to another process broke?"""
+    broken = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in broken)
 
 
 def raised_by_own_check(error: BaseException) -> bool:
