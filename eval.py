@@ -192,5 +192,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("nnet_path", None, "Weights: .pth, .safetensors or a checkpoint folder.")
     flags.DEFINE_string("IMGsave_path", "saved_images", "Folder for the images.")
     flags.DEFINE_float("cfg", None, "Guidance scale, 1: none; config.sample.scale unless given.")
-    flags.DEFINE_float("cfg_scale_pow", None, "Power of the power-cosine guidance schedule; constant unless given.")
+    flags.DEFINE_float(
+        "cfg_scale_pow",
+        None,
+        "Power of the power-cosine schedule; config.sample.scale_pow unless given (None: constant).",
+    )
     utils.run(main)

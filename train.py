@@ -156,6 +156,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
         logging.set_verbosity(logging.ERROR)
 
     # Everything that a user can get wrong, before anything is written.
+    utils.check_training(config)
     utils.check_sampling(config)
     weights = utils.loss_weights(config)
     schedule = sde.get_schedule(config.schedule)

@@ -190,6 +190,17 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def check_training(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for training settings that cannot work, before anything is loaded."""
+    for name in ("batch_size", "accumulation", "log_interval", "eval_interval", "save_interval", "keep_last"):
+        if config.train[name] < 1:
+            raise ValueError(f"config.train.{name} must be at least 1; found {config.train[name]}")
+    if not 0 <= config.dataset.p_uncond <= 1:
+        raise ValueError(f"config.dataset.p_uncond is a probability, 0 to 1; found {config.dataset.p_uncond:g}")
+    if config.wandb.mode not in ("disabled", "offline", "online"):
+        raise ValueError(f"config.wandb.mode must be disabled, offline or online; found {config.wandb.mode!r}")
+
+
 def balanced_label(index: int, n_samples: int, n_classes: int) -> int:
     """Label of sample `index` of a class-balanced set: index // (n_samples / n_classes); 0 (null) if unconditional."""
     return index * n_classes // n_samples

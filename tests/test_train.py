@@ -174,6 +174,9 @@ def test_ema_by_hand():
         ("dataset.n_classes", 4, "n_classes of the store is 3"),
         ("autoencoder.pretrained_path", "assets/none.pth", "No autoencoder at assets/none.pth"),
         ("sample.scale", 0.4, "its 0.4 is --cfg=1.4 here"),
+        ("train.log_interval", 0, "config.train.log_interval must be at least 1; found 0"),
+        ("dataset.p_uncond", 1.5, "config.dataset.p_uncond is a probability"),
+        ("wandb.mode", "on", "config.wandb.mode must be disabled, offline or online; found 'on'"),
         ("schedule", "edm", "config.schedule must be one of sd, vpsde, vpsde_cosine; found 'edm'"),
     ],
 )
