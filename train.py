@@ -26,7 +26,7 @@ from tqdm import tqdm
 import eval as evaluation
 import sde
 import utils
-from libs import checkpoint, monitor
+from libs import checkpoint, monitor, pictures, run_record
 from libs.autoencoder import sample_latents
 from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
@@ -98,7 +98,7 @@ def resume(
         except ValueError as error:
             logging.warning("passed over: %s", error)
             continue
-        utils.check_same_run(config, state["config"], folder)
+        run_record.check_same_run(utils.config_json(config), state["config"], config.resume_changes, folder)
         checkpoint.load_weights(nnet, tensors[checkpoint.WEIGHTS_FILE], str(folder))
         for name, average in averages.items():
             if name not in tensors:
@@ -107,8 +107,8 @@ def resume(
         checkpoint.load_optimizer_tensors(optimizer, nnet, tensors[checkpoint.OPTIMIZER_FILE])
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        if state["code"] != utils.code_version():
-            logging.warning("%s was written by code %s, this is %s", folder, state["code"], utils.code_version())
+        if state["code"] != run_record.code_version():
+            logging.warning("%s was written by code %s, this is %s", folder, state["code"], run_record.code_version())
         logging.info("going on from %s", folder)
         return state["step"]
     return 0
@@ -128,7 +128,7 @@ def save(
         **{name: average.state_dict() for name, average in averages.items()},
     }
     state = {"step": step, "scaler": scaler.state_dict() if scaler is not None else None}
-    state |= {"code": utils.code_version(), "config": utils.config_json(config)}
+    state |= {"code": run_record.code_version(), "config": utils.config_json(config)}
     try:
         checkpoint.save_checkpoint(folder, tensors, state)
     except OSError as error:
@@ -190,7 +190,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / REQUEUE_FILE).unlink(missing_ok=True)
         (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
-        log = utils.MetricsLog(workdir / "metrics.jsonl", step)
+        log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
         describe_run(config, workdir, nnet, accelerator, len(dataset), batches.steps_per_epoch)
     accelerator.init_trackers(
         config.wandb.project if config.wandb.mode != "disabled" else "tensorboard",
@@ -262,8 +262,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
 
         if main and step % settings.eval_interval == 0:
             images = sample(range(len(grid_labels)), grid_labels)
-            utils.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
-            utils.save_strip(workdir / "samples", settings.grid_per_class)
+            pictures.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
+            pictures.save_strip(workdir / "samples", settings.grid_per_class)
             timer.reset()
 
         if step % settings.save_interval == 0 or done or stopping:
@@ -312,7 +312,9 @@ def describe_run(
         "  batch %d = %d processes x %d passes x %d", batch, n_processes, passes, batch // n_processes // passes
     )
     logging.info("  data %s: %d records, %d steps per epoch", config.dataset.path, n_records, steps_per_epoch)
-    logging.info("  %s precision on %s; code %s", accelerator.mixed_precision, accelerator.device, utils.code_version())
+    logging.info(
+        "  %s precision on %s; code %s", accelerator.mixed_precision, accelerator.device, run_record.code_version()
+    )
 
 
 def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerator) -> float | None:

@@ -1,11 +1,9 @@
-"""From a config to the things it describes, and what train.py and eval.py share: start-up, sampling, errors, end."""
+"""From a config to the things it describes, from a network to images, and how a program starts, fails and ends."""
 
-import functools
 import gc
+import importlib.util
 import json
 import os
-import re
-import subprocess
 import sys
 import time
 import traceback
@@ -19,12 +17,10 @@ import numpy as np
 import torch
 from absl import app, flags, logging
 from ml_collections import config_flags
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
 
 import sde
+from libs import pictures
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict
 from libs.dimr import DiMR, StageSpec
@@ -39,6 +35,19 @@ from libs.solvers import SOLVERS, dpm_solver_fast
 ROOT = Path(__file__).resolve().parent
 
 # --- Objects from a config --------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path) -> ml_collections.ConfigDict:
+    """get_config() of a config file (whose name, having dashes, Python could not import)."""
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def config_json(config: ml_collections.ConfigDict) -> dict:
+    """A config as plain JSON values."""
+    return json.loads(config.to_json_best_effort())
 
 
 def build_stages(config: ml_collections.ConfigDict) -> list[StageSpec]:
@@ -245,12 +254,6 @@ def make_sampler(
     return sample
 
 
-def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(make_grid(images.float() / 255, nrow=columns, padding=2), path)
-
-
 def report_fid(fid_stat: str, folder: Path, n_samples: int, device: torch.device) -> float | None:
     """FID (pytorch-fid's features) of the images 0.png ... in `folder` against the statistics file `fid_stat`.
 
@@ -268,42 +271,12 @@ def report_fid(fid_stat: str, folder: Path, n_samples: int, device: torch.device
     with np.load(fid_stat) as reference:
         mu, sigma = reference["mu"], reference["sigma"]
     batches = (
-        torch.stack([read_png(folder / f"{i}.png") for i in range(start, min(start + 50, n_samples))])
+        torch.stack([pictures.read_png(folder / f"{i}.png") for i in range(start, min(start + 50, n_samples))])
         for start in range(0, n_samples, 50)
     )
     fid = frechet_distance(*gaussian_statistics(pool_features(inception, batches, device)), mu, sigma)
     logging.info("FID of %d images against %s: %.4f", n_samples, fid_stat, fid)
     return fid
-
-
-class MetricsLog:
-    """A file of one JSON object per logged step, flushed at each; resuming at a step drops what came after it."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-
-def read_png(path: Path) -> Tensor:
-    """A picture file as uint8 (3, H, W)."""
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB"))
-
-
-def save_strip(folder: Path, columns: int, most: int = 20) -> None:
-    """strip.png from the grids <step>.png of a folder: a column per grid, its first sample of each class, by step."""
-    grids = sorted((p for p in folder.glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
-    chosen = [grids[i] for i in sorted({round(k * (len(grids) - 1) / (most - 1)) for k in range(most)})]
-    strips = []
-    for path in chosen:
-        grid = read_png(path)
-        strips.append(grid[:, :, : (grid.shape[2] - 2) // columns])
-    save_image(torch.cat(strips, dim=2).float() / 255, folder / "strip.png")
 
 
 def throughput(seconds: float, config: ml_collections.ConfigDict, flops_per_image: float, accelerator) -> dict:
@@ -315,54 +288,6 @@ def throughput(seconds: float, config: ml_collections.ConfigDict, flops_per_imag
         result["share_of_peak"] = flops / peak
         result["memory_gb"] = torch.cuda.max_memory_allocated(accelerator.device) / 1e9
     return result
-
-
-# --- Resuming ---------------------------------------------------------------------------------------------------------
-
-# Settings that change nothing of what a run computes; the others must be as in its checkpoint.
-FREE_SETTINGS = (
-    r"train\.(n_steps|accumulation|\w+_interval|keep_last|grid_\w+|fid_\w+|max_skipped)",
-    r"(sample|wandb|init)\..*|fid_stat|resume_changes.*",
-    r"dataset\.(path|num_workers)|autoencoder\.pretrained_path",  # the store knows its autoencoder
-)
-
-
-def flat(values: dict | list, prefix: str = "") -> dict:
-    """Nested JSON values as {"a.b[0].c": value}."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    result = {}
-    for key, value in items:
-        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
-        result |= flat(value, name) if isinstance(value, (dict, list)) and value else {name: value}
-    return result
-
-
-def check_same_run(config: ml_collections.ConfigDict, saved: dict, source: Path) -> None:
-    """Raises ValueError if a checkpoint's config differs from this one in anything that matters; lists both values."""
-    now, then = flat(config_json(config)), flat(saved)
-    allowed = FREE_SETTINGS + tuple(re.escape(name) + r"(\..*|\[.*)?" for name in config.resume_changes)
-    different = [
-        f"config.{name}: {then.get(name)} there, {now.get(name)} now"
-        for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name) and not any(re.fullmatch(pattern, name) for pattern in allowed)
-    ]
-    if different:
-        raise ValueError(
-            f"{source} was trained with other settings:\n  "
-            + "\n  ".join(different)
-            + "\nUse another --workdir, or name what may change in --config.resume_changes=\"('optimizer.lr',)\""
-        )
-
-
-@functools.cache
-def code_version() -> str:
-    """The git commit of this code, "unknown" outside a checkout, and PyTorch's version."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return f"{commit}, torch {torch.__version__}"
 
 
 # --- Start and end of a program ---------------------------------------------------------------------------------------
@@ -382,11 +307,6 @@ def finish(accelerator: accelerate.Accelerator) -> None:
     gc.collect()
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def config_json(config: ml_collections.ConfigDict) -> dict:
-    """A config as plain JSON values."""
-    return json.loads(config.to_json_best_effort())
 
 
 def define_config_flag(help_text: str) -> None:

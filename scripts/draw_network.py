@@ -4,7 +4,6 @@ python scripts/draw_network.py --config configs/DiMR-XL-2R_imagenet256.py --out 
 """
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -21,13 +20,6 @@ from matplotlib.patches import FancyBboxPatch
 
 PITCH = 2.3  # between rows
 ATTENTION, CONVOLUTION, PLAIN, EDGE = "#cfe0f5", "#d8efd3", "#f1f1f1", "#444444"
-
-
-def load_config(path: str):
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def box(axes, x: float, y: float, width: float, height: float, text: str, colour: str = PLAIN) -> None:
@@ -94,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", default="assets/pictures/network.png")
     arguments = parser.parse_args()
     title = f"{Path(arguments.config).stem}: time enters every norm, the class one token of the first branch"
-    draw(load_config(arguments.config), title, Path(arguments.out))
+    draw(utils.load_config(arguments.config), title, Path(arguments.out))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Shared pieces: configs by name, a tiny autoencoder and a small latent store, real processes."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,15 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+import utils
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_config(name: str):
-    """get_config() of configs/<name>.py (the names have dashes, so they cannot be imported)."""
-    spec = importlib.util.spec_from_file_location("experiment", ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    """get_config() of configs/<name>.py."""
+    return utils.load_config(ROOT / "configs" / f"{name}.py")
 
 
 def run(*command: str, processes: int = 1, env: dict | None = None, timeout: int = 300):

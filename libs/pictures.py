@@ -1,0 +1,32 @@
+"""Pictures as tensors: grids of samples, and the film strip of a training run."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid, save_image
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(make_grid(images.float() / 255, nrow=columns, padding=2), path)
+
+
+def read_png(path: Path) -> Tensor:
+    """A picture file as uint8 (3, H, W)."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def save_strip(folder: Path, columns: int, most: int = 20) -> None:
+    """strip.png from the grids <step>.png of a folder: a column per grid, its first sample of each class, by step."""
+    grids = sorted((p for p in folder.glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
+    chosen = [grids[i] for i in sorted({round(k * (len(grids) - 1) / (most - 1)) for k in range(most)})]
+    strips = []
+    for path in chosen:
+        grid = read_png(path)
+        strips.append(grid[:, :, : (grid.shape[2] - 2) // columns])
+    save_image(torch.cat(strips, dim=2).float() / 255, folder / "strip.png")

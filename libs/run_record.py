@@ -1,0 +1,78 @@
+"""What a run leaves on record: its settings and code, compared when it is resumed, and its metrics."""
+
+import functools
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Settings that change nothing of what a run computes; the others must be as in its checkpoint.
+FREE_SETTINGS = (
+    r"train\.(n_steps|accumulation|\w+_interval|keep_last|grid_\w+|fid_\w+|max_skipped)",
+    r"(sample|wandb|init)\..*|fid_stat|resume_changes.*",
+    r"dataset\.(path|num_workers)|autoencoder\.pretrained_path",  # the store knows its autoencoder
+)
+
+
+def flat(values: dict | list, prefix: str = "") -> dict:
+    """Nested JSON values as {"a.b[0].c": value}."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    result = {}
+    for key, value in items:
+        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
+        result |= flat(value, name) if isinstance(value, (dict, list)) and value else {name: value}
+    return result
+
+
+def check_same_run(settings: dict, saved: dict, may_change: Sequence[str], source: Path) -> None:
+    """Compare a run's settings with those in its checkpoint (both nested JSON values).
+
+    Args:
+        may_change: names (such as "optimizer.lr") that may differ, beside `FREE_SETTINGS`.
+        source: the checkpoint, for the message.
+
+    Raises:
+        ValueError: they differ in anything that matters; the message lists both values.
+    """
+    now, then = flat(settings), flat(saved)
+    allowed = FREE_SETTINGS + tuple(re.escape(name) + r"(\..*|\[.*)?" for name in may_change)
+    different = [
+        f"config.{name}: {then.get(name)} there, {now.get(name)} now"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and not any(re.fullmatch(pattern, name) for pattern in allowed)
+    ]
+    if different:
+        raise ValueError(
+            f"{source} was trained with other settings:\n  "
+            + "\n  ".join(different)
+            + "\nUse another --workdir, or name what may change in --config.resume_changes=\"('optimizer.lr',)\""
+        )
+
+
+@functools.cache
+def code_version() -> str:
+    """The git commit of this code, "unknown" outside a checkout, and PyTorch's version."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return f"{commit}, torch {torch.__version__}"
+
+
+class MetricsLog:
+    """A file of one JSON object per logged step, flushed at each; resuming at a step drops what came after it."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
