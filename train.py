@@ -249,7 +249,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
             in_row, in_all = skipped.tolist()
             metrics |= utils.throughput(metrics["seconds_per_step/all"], config, flops_per_image, accelerator)
             metrics["skipped_updates"] = in_all
-            accelerator.log(metrics, step=step)
+            run_record.log_to_trackers(accelerator, metrics, step)
             if main:
                 log.write(step, metrics)
                 progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
@@ -262,8 +262,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
 
         if main and step % settings.eval_interval == 0:
             images = sample(range(len(grid_labels)), grid_labels)
-            pictures.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
-            pictures.save_strip(workdir / "samples", settings.grid_per_class)
+            try:
+                pictures.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
+                pictures.save_strip(workdir / "samples", settings.grid_per_class)
+            except OSError as error:
+                logging.error("the grid of step %d is lost, training goes on: %s", step, error)
             timer.reset()
 
         if step % settings.save_interval == 0 or done or stopping:
@@ -274,7 +277,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
         if settings.fid_interval and step % settings.fid_interval == 0:
             fid = fid_of_samples(config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator)
             if fid is not None:
-                accelerator.log({"fid": fid}, step=step)
+                run_record.log_to_trackers(accelerator, {"fid": fid}, step)
                 log.write(step, {"fid": fid})
             timer.reset()
 

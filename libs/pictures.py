@@ -12,7 +12,7 @@ from torchvision.utils import make_grid, save_image
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(make_grid(images.float() / 255, nrow=columns, padding=2), path)
+    _save_png(make_grid(images.float() / 255, nrow=columns, padding=2), path)
 
 
 def read_png(path: Path) -> Tensor:
@@ -29,4 +29,14 @@ def save_strip(folder: Path, columns: int, most: int = 20) -> None:
     for path in chosen:
         grid = read_png(path)
         strips.append(grid[:, :, : (grid.shape[2] - 2) // columns])
-    save_image(torch.cat(strips, dim=2).float() / 255, folder / "strip.png")
+    _save_png(torch.cat(strips, dim=2).float() / 255, folder / "strip.png")
+
+
+def _save_png(image: Tensor, path: Path) -> None:
+    """A picture (3, H, W) in [0, 1], whole under its name or not there: later strips are made from it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_image(image, temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

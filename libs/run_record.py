@@ -1,13 +1,17 @@
 """What a run leaves on record: its settings and code, compared when it is resumed, and its metrics."""
 
+import errno
 import functools
 import json
+import math
+import os
 import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from absl import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,13 +70,41 @@ def code_version() -> str:
 
 
 class MetricsLog:
-    """A file of one JSON object per logged step, flushed at each; resuming at a step drops what came after it."""
+    """A file of one JSON object per logged step, each written at once; resuming at a step drops what came after it."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
-        path.write_text("".join(f"{line}\n" for line in kept))
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(line for line in lines if _step_of(line) <= step))
+        temporary.replace(path)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Append a line; on a full disk it is lost, the run is not."""
+        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(end)  # no half lines
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError as error:
+            logging.error("metrics of step %d are lost, training goes on: %s", step, error)
+
+
+def _step_of(line: str) -> float:
+    """The step of a whole line of the metrics file; infinity for what is left of one."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, TypeError, KeyError):
+        return math.inf
+
+
+def log_to_trackers(accelerator, metrics: dict[str, float], step: int) -> None:
+    """TensorBoard and Weights & Biases. One that cannot write (a full disk) is given up for the rest of the run."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tracker.log(metrics, step=step)
+        except OSError as error:
+            logging.error("%s is given up, training goes on: %s", tracker.name, error)
+            accelerator.trackers.remove(tracker)
