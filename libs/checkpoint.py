@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -97,7 +98,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a damaged or refused file
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} could not be read as a plain state dict: it holds something else than tensors, which is refused "
+            "because it could run code (or it is damaged)"
+        ) from error
+    except Exception as error:  # torch.load raises many types for a damaged file
         raise ValueError(f"{path} could not be read as a plain state dict: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a plain state dict of tensors, found something else inside")
@@ -118,7 +124,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: 
     Args:
         folder: where it will be; written under a temporary name, flushed to disk and renamed.
         tensors: {file name: named tensors}.
-        state: everything else, as JSON; the files' SHA-256 are added under "sha256".
+        state: everything else, as JSON; the files' SHA-256, and its own, are added under "sha256".
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -127,6 +133,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: 
         for name, named in tensors.items():
             save_file({k: v.detach().contiguous() for k, v in named.items()}, temporary / name)
         digests = {name: file_digest(temporary / name) for name in tensors}
+        digests[STATE_FILE] = json_digest(state)
         (temporary / STATE_FILE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
@@ -147,11 +154,21 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     try:
         state = json.loads((folder / STATE_FILE).read_text())
         digests = state.pop("sha256")
+        if digests.pop(STATE_FILE) != json_digest(state):
+            raise ValueError(f"{folder / STATE_FILE} is not what was written (checksum differs)")
         for name, digest in digests.items():
             if file_digest(folder / name) != digest:
                 raise ValueError(f"{folder / name} is not what was written (checksum differs)")
         return state, {name: load_file(folder / name) for name in digests}
-    except (OSError, KeyError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        SafetensorError,
+    ) as error:
         raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
 
 
@@ -204,6 +221,10 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
+
+
+def json_digest(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:
