@@ -108,8 +108,8 @@ def base():
         mini_batch_size=50,  # images sampled at a time by one process; the same images whatever the processes
         scale=1.4,  # guidance, 1: none (the released code writes this 0.4)
         scale_pow=placeholder(float),  # > 0: power-cosine schedule of the scale; None: constant
-        # Guided only while low < sigma / alpha <= high, the noise level of EDM (arXiv 2404.07724; its values are for data
-        # of deviation 0.5, latents here have about 1), and only conditional outside. None: always guided.
+        # (low, high): guided only while low < sigma / alpha <= high, EDM's noise level, and only conditional outside
+        # (arXiv 2404.07724, whose values are for data of deviation 0.5; latents here have about 1). None: always.
         interval=placeholder(tuple),
         # Weights of a weaker network that guides in place of the unconditional half (arXiv 2406.02507); "": none
         autoguidance_path="",
