@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 import sde
 import utils
+from libs.adm_suite import PngImages, Scores, score_sets
 from libs.checkpoint import file_digest
+from libs.report import NAMES, write_report
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"
@@ -122,9 +124,17 @@ def wait_for(writes: list[Future]) -> None:
         write.result()  # raises what the writing raised: a full disk must not pass unseen
 
 
-def sample_and_score(config: ml_collections.ConfigDict, folder: Path, nnet, autoencoder, accelerator) -> float | None:
-    """Make the images and labels of a set in `folder`, on all processes; returns its FID on the main one (see
-    `utils.report_fid` for when there is none)."""
+def sample_and_score(
+    config: ml_collections.ConfigDict, folder: Path, nnet, autoencoder, accelerator, scoring=None
+) -> Scores | None:
+    """Make the images and labels of a set in `folder`, and score them, on all processes.
+
+    Args:
+        scoring: the reference and the Inception weights (see `utils.open_scoring`); None: no scores.
+
+    Returns:
+        The scores on the main process; None on others, and where nothing was to be scored.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
     schedule = sde.get_schedule(config.schedule)
@@ -133,16 +143,48 @@ def sample_and_score(config: ml_collections.ConfigDict, folder: Path, nnet, auto
     )
     made = sample_set(sample, config, folder, accelerator)
     made = accelerator.reduce(torch.tensor(made, device=accelerator.device)).item()
-    if not accelerator.is_main_process:
-        return None
-    labels = [utils.balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
-    (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels))
-    logging.info("%d images made, %d were there; labels in %s", made, n_samples - made, folder / LABELS_FILE)
-    return utils.report_fid(config.fid_stat, folder, n_samples, accelerator.device)
+    if accelerator.is_main_process:
+        labels = [utils.balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
+        (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels))
+        logging.info("%d images made, %d were there; labels in %s", made, n_samples - made, folder / LABELS_FILE)
+    return score_sets(set_images(config, folder), *scoring, accelerator) if scoring else None
 
 
-def evaluate(config: ml_collections.ConfigDict, nnet_path: str, folder: str | Path) -> None:
+def set_images(config: ml_collections.ConfigDict, folder: Path) -> list[PngImages]:
+    """The images of a whole set, to be scored."""
+    return [PngImages([folder / f"{i}.png" for i in range(config.sample.n_samples)], str(folder))]
+
+
+def report(config: ml_collections.ConfigDict, folder: Path, scores: Scores, reference, sampling: dict, device) -> None:
+    """Write the report of a scored set into `<folder>_report` and log the scores."""
+    labels = [int(label) for label in (folder / LABELS_FILE).read_text().split()]
+    out = folder.with_name(f"{folder.resolve().name}_report")
+    found = write_report(out, scores, set_images(config, folder), reference, sampling, labels, device.type)
+    for name, title in NAMES.items():
+        logging.info("%s: %s", title, scores.reasons.get(name) or f"{scores.values[name]:.4f}")
+    for warning in found["warnings"]:
+        logging.warning("%s", warning)
+    logging.info("report in %s", out)
+
+
+def checkpoint_step(weights: Path) -> int | None:
+    """The step of weights in a folder <step>.ckpt, None for others."""
+    folder = weights.resolve().parent
+    return int(folder.stem) if folder.suffix == ".ckpt" and folder.stem.isdigit() else None
+
+
+def evaluate(
+    config: ml_collections.ConfigDict,
+    nnet_path: str,
+    folder: str | Path,
+    metrics: str | None = None,
+    config_name: str = "",
+) -> None:
     """Sample config.sample.n_samples images into `folder` with the weights at `nnet_path`, and score them.
+
+    Args:
+        metrics: reference to score against; None: config.fid_stat, if it and the Inception weights are there.
+        config_name: name of the config's file, for the report.
 
     Raises:
         ValueError, FileNotFoundError: settings or files that do not fit, before anything is made.
@@ -157,6 +199,7 @@ def evaluate(config: ml_collections.ConfigDict, nnet_path: str, folder: str | Pa
     weights = utils.load_network_weights(nnet, nnet_path)
     autoencoder = utils.open_autoencoder(config, accelerator.device)
 
+    scoring = utils.open_scoring(metrics or config.fid_stat, required=metrics is not None)
     settings = sampling_settings(config, weights, autoencoder, accelerator.mixed_precision)
     check_same_settings(folder, settings)
     accelerator.wait_for_everyone()  # every process has looked before one writes
@@ -164,7 +207,11 @@ def evaluate(config: ml_collections.ConfigDict, nnet_path: str, folder: str | Pa
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
     logging.info("%s: %d samples, guidance scale %g", weights, config.sample.n_samples, config.sample.scale)
-    sample_and_score(config, folder, nnet, autoencoder, accelerator)
+    scores = sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring)
+    if scores:
+        sampling = {**settings, "config": config_name, "weights": str(weights), "step": checkpoint_step(weights)}
+        sampling |= {"labels": "balanced: index * n_classes // n_samples"}
+        report(config, folder, scores, scoring[0], sampling, accelerator.device)
     utils.finish(accelerator)
 
 
@@ -181,7 +228,7 @@ def main(argv: list[str]) -> None:
         config.sample.scale = values.cfg
     if values.cfg_scale_pow is not None:
         config.sample.scale_pow = values.cfg_scale_pow
-    evaluate(config, values.nnet_path, values.IMGsave_path)
+    evaluate(config, values.nnet_path, values.IMGsave_path, values.metrics, utils.config_name())
     folder = Path(values.IMGsave_path)
     if os.environ.get("RANK", "0") == "0" and folder.resolve() != Path.cwd():
         shutil.copyfile(folder / LABELS_FILE, LABELS_FILE)
@@ -191,6 +238,12 @@ if __name__ == "__main__":
     utils.define_config_flag("What to sample from: the config that the weights were trained with.")
     flags.DEFINE_string("nnet_path", None, "Weights: .pth, .safetensors or a checkpoint folder.")
     flags.DEFINE_string("IMGsave_path", "saved_images", "Folder for the images.")
+    flags.DEFINE_string(
+        "metrics",
+        None,
+        "Reference .npz to score the images against, as ADM's suite; the report goes to <IMGsave_path>_report. "
+        "config.fid_stat unless given, if it is there.",
+    )
     flags.DEFINE_float("cfg", None, "Guidance scale, 1: none; config.sample.scale unless given.")
     flags.DEFINE_float(
         "cfg_scale_pow",

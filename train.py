@@ -325,11 +325,12 @@ def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerat
     process, or where the reference or the Inception weights are missing."""
     config = ml_collections.ConfigDict(config)
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
-    fid = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator)
+    scoring = utils.open_scoring(config.fid_stat, required=False)
+    scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder)
-    return fid
+    return scores.values["fid"] if scores else None
 
 
 def main(argv: list[str]) -> None:

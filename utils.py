@@ -13,21 +13,19 @@ from pathlib import Path
 
 import accelerate
 import ml_collections
-import numpy as np
 import torch
 from absl import app, flags, logging
 from ml_collections import config_flags
 from torch import Tensor, nn
 
 import sde
-from libs import pictures
+from libs.adm_suite import Reference, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict
 from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
-from libs.inception import find_inception, load_inception, pool_features
+from libs.inception import find_inception
 from libs.latents import LatentStore
-from libs.metrics import frechet_distance, gaussian_statistics
 from libs.monitor import peak_flops
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, dpm_solver_fast
@@ -254,29 +252,25 @@ def make_sampler(
     return sample
 
 
-def report_fid(fid_stat: str, folder: Path, n_samples: int, device: torch.device) -> float | None:
-    """FID (pytorch-fid's features) of the images 0.png ... in `folder` against the statistics file `fid_stat`.
+def open_scoring(reference: str, required: bool) -> tuple[Reference, Path] | None:
+    """What scoring needs: the opened reference .npz and the path of the Inception weights.
 
-    Needs the statistics (npz with mu, sigma) and the Inception weights; without either it says what is missing and
-    returns None.
+    Returns:
+        None, after a line that says what is missing, where one of them is and `required` is False.
+
+    Raises:
+        FileNotFoundError: one of them is missing and `required`.
+        ValueError: the reference cannot be used.
     """
-    if not fid_stat or not Path(fid_stat).is_file():
-        logging.info("no FID: no reference statistics at %r (set config.fid_stat)", fid_stat)
-        return None
     try:
-        inception = load_inception(find_inception(ROOT / "assets"), device)
+        if not Path(reference).is_file():
+            raise FileNotFoundError(f"no reference statistics at {reference!r} (set config.fid_stat, or --metrics)")
+        return open_reference(reference), find_inception(ROOT / "assets")
     except FileNotFoundError as error:
-        logging.info("no FID: %s", error)
+        if required:
+            raise
+        logging.info("no scores: %s", error)
         return None
-    with np.load(fid_stat) as reference:
-        mu, sigma = reference["mu"], reference["sigma"]
-    batches = (
-        torch.stack([pictures.read_png(folder / f"{i}.png") for i in range(start, min(start + 50, n_samples))])
-        for start in range(0, n_samples, 50)
-    )
-    fid = frechet_distance(*gaussian_statistics(pool_features(inception, batches, device)), mu, sigma)
-    logging.info("FID of %d images against %s: %.4f", n_samples, fid_stat, fid)
-    return fid
 
 
 def throughput(seconds: float, config: ml_collections.ConfigDict, flops_per_image: float, accelerator) -> dict:

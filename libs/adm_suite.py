@@ -1,22 +1,30 @@
 """The ADM evaluation suite: from two sets of images to FID, sFID, Inception Score, precision and recall.
 
 Definitions: openai/guided-diffusion, evaluations/evaluator.py. A set of images is kept as the pool features and logits
-of each (12 KB per image) and the statistics of the spatial features.
+of each (12 KB per image) and the statistics of the spatial features; kept in a file, they stand for the images, as
+samples or as a reference, and parts kept apart are put together to the whole.
+
+The way: `open_set` and `open_reference`, `score_sets` by all processes of a run.
 """
 
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from libs.inception import POOL, SPATIAL, AdmInception
-from libs.latents import read_npy_header
+from libs.checkpoint import file_digest
+from libs.inception import CLASSES, POOL, SPATIAL, AdmInception, load_adm_inception
+from libs.latents import read_npy_header, replacing
 from libs.metrics import (
     GaussianStatistics,
     frechet_distance,
@@ -38,7 +46,7 @@ class NpzImages:
     """The images of an .npz, uint8 `arr_0` (N, H, W, 3), read from the archive as they are used.
 
     Attributes:
-        count: N. size: (H, W) in pixels.
+        count: N. size: (H, W) in pixels. name: for messages.
 
     Raises:
         OSError: no such file.
@@ -46,7 +54,7 @@ class NpzImages:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.name = Path(path), str(path)
         expected = f"{self.path}: arr_0 should be images as uint8 (N, H, W, 3)"
         if "arr_0" not in array_names(self.path):
             raise ValueError(f"{expected}, found no arr_0")
@@ -87,6 +95,118 @@ class NpzImages:
                     found = first + len(pixels) // image
                     raise ValueError(f"{self.path} is truncated: expected {self.count} images, found {found}")
                 yield torch.frombuffer(pixels, dtype=torch.uint8).view(n, height, width, 3).permute(0, 3, 1, 2)
+
+    def pick(self, indices: Sequence[int]) -> list[Tensor]:
+        """The images at rising indices, uint8 (3, H, W)."""
+        height, width = self.size
+        image, pictures = height * width * 3, []
+        with self._open() as (member, _, _):
+            begin = member.tell()
+            for index in indices:
+                member.seek(begin + index * image)
+                pixels = torch.frombuffer(bytearray(member.read(image)), dtype=torch.uint8)
+                pictures.append(pixels.view(height, width, 3).permute(2, 0, 1))
+        return pictures
+
+
+class PngImages:
+    """The images of PNG files, in the order given, read as they are used; attributes and batches as of `NpzImages`.
+
+    Raises:
+        OSError: a file that is not there.
+        ValueError: no files, or one that is no 8-bit RGB picture of the size of the first; the message names it.
+    """
+
+    def __init__(self, paths: Sequence[Path], name: str):
+        if not paths:
+            raise ValueError(f"{name}: expected images, found none")
+        self.paths, self.name, self.count = paths, name, len(paths)
+        with Image.open(paths[0], formats=["PNG"]) as image:
+            self.size = (image.height, image.width)
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Images start..stop - 1 (default: all) as uint8 (B, 3, H, W), B at most `batch_size`."""
+        stop = self.count if stop is None else stop
+        with ThreadPoolExecutor(4) as pool:
+            for first in range(start, stop, batch_size):
+                yield torch.stack(list(pool.map(self._read, self.paths[first : min(first + batch_size, stop)])))
+
+    def pick(self, indices: Sequence[int]) -> list[Tensor]:
+        """The images at `indices`, uint8 (3, H, W)."""
+        return [self._read(self.paths[index]) for index in indices]
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                mode, pixels = image.mode, np.array(image)
+        except (SyntaxError, ValueError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as PNG ({error}): make it again") from error
+        if mode != "RGB" or pixels.shape[:2] != self.size:
+            height, width = self.size
+            raise ValueError(
+                f"{path} is {mode} of {pixels.shape[1]}x{pixels.shape[0]}: expected RGB of {width}x{height} like "
+                f"{self.paths[0].name}"
+            )
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class KeptFeatures:
+    """A file that `keep_features` wrote, in the place of the images it was made of.
+
+    Attributes:
+        count: images. size: (H, W) of them. inception: SHA-256 of the network's weights. name: for messages.
+
+    Raises OSError, ValueError (damaged, or not such a file).
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.name = Path(path), str(path)
+        missing = set(KEPT) - array_names(path)
+        if missing:
+            raise ValueError(
+                f"{path} should hold kept features, found no {', '.join(sorted(missing))}: keep them again"
+            )
+        with naming_damage(path), np.load(path, allow_pickle=False) as arrays:
+            self.size, self.inception = tuple(arrays["size"].tolist()), str(arrays["inception"])
+        with naming_damage(path), zipfile.ZipFile(path) as archive, archive.open("pool.npy") as member:
+            self.count = read_npy_header(member, f"{path}: pool")[0][0]
+
+    def load(self) -> "SetFeatures":
+        """The features. Raises ValueError for arrays that do not belong together."""
+        with naming_damage(self.path), np.load(self.path, allow_pickle=False) as arrays:
+            pool, logits = torch.from_numpy(arrays["pool"]), torch.from_numpy(arrays["logits"])
+            mean, covariance = arrays["mu_s"], arrays["sigma_s"]
+        n = self.count
+        shapes = tuple(pool.shape), tuple(logits.shape), mean.shape, covariance.shape
+        expected = (n, POOL), (n, CLASSES), (SPATIAL,), (SPATIAL, SPATIAL)
+        if shapes != expected:
+            raise ValueError(f"{self.path}: expected features of shapes {expected}, found {shapes}: keep them again")
+        spatial = GaussianStatistics()
+        spatial.count, spatial.mean = n, torch.from_numpy(mean)
+        spatial.scatter = torch.from_numpy(covariance * (n - 1))
+        return SetFeatures(pool, logits, spatial)
+
+
+KEPT = ("pool", "logits", "mu", "sigma", "mu_s", "sigma_s", "size", "inception")
+ImageSet = NpzImages | PngImages | KeptFeatures
+
+
+def keep_features(path: str | Path, features: "SetFeatures", size: tuple[int, int], inception: str) -> None:
+    """Write features to an .npz, whole or not at all, to score again or merge without the images.
+
+    It holds what `KeptFeatures` reads and, as `mu`, `sigma`, `mu_s`, `sigma_s`, statistics that other programs read:
+    12 KB per image and 66 MB. `size` (H, W) of the images and `inception`, the SHA-256 of the network's weights, tell
+    later which features may be compared.
+    """
+    (mu, sigma), (mu_s, sigma_s) = features.gaussians().values()
+    arrays = {"pool": features.pool.numpy(), "logits": features.logits.numpy(), "mu": mu, "sigma": sigma}
+    with replacing(path) as file:
+        np.savez(file, **arrays, mu_s=mu_s, sigma_s=sigma_s, size=np.array(size), inception=np.array(inception))
+
+
+def open_set(path: str | Path) -> NpzImages | KeptFeatures:
+    """The images in an .npz, or the features kept in one. Raises OSError, ValueError."""
+    return KeptFeatures(path) if "pool" in array_names(path) else NpzImages(path)
 
 
 def array_names(path: str | Path) -> set[str]:
@@ -150,6 +270,8 @@ class SetFeatures:
     @staticmethod
     def joined(parts: list["SetFeatures"]) -> "SetFeatures":
         """Parts of a set, put together in the order given."""
+        if len(parts) == 1:
+            return parts[0]
         spatial = GaussianStatistics()
         for part in parts:
             spatial.merge(part.spatial)
@@ -180,8 +302,127 @@ def extract_features(network: AdmInception, batches: Iterable[Tensor], name: str
     return SetFeatures(torch.cat(pools), torch.cat(logits), spatial)
 
 
+def features_of(images: ImageSet, network: Callable[[], AdmInception], batch_size: int, state) -> SetFeatures | None:
+    """Features of a set, made by all processes of `state` (accelerate's), given to the main one; None to the others.
+
+    Each process takes a run of the batches, which are the same for any number of processes.
+    """
+    if isinstance(images, KeptFeatures):
+        return images.load() if state.is_main_process else None
+    n_batches = -(-images.count // batch_size)
+    first, end = (n_batches * (state.process_index + i) // state.num_processes for i in (0, 1))
+    batches = tqdm(
+        images.batches(batch_size, first * batch_size, min(end * batch_size, images.count)),
+        total=end - first,
+        desc=f"features of {images.name}",
+        unit="batch",
+        disable=not state.is_main_process,
+    )
+    part = extract_features(network(), batches, images.name) if end > first else None
+    if state.num_processes == 1:
+        return part
+    parts = gather_object([part])
+    return SetFeatures.joined([part for part in parts if part]) if state.is_main_process else None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with: statistics of a whole data set (see `read_statistics`), images of it, or both."""
+
+    path: Path
+    statistics: dict[str, Gaussian]
+    images: NpzImages | KeptFeatures | None
+
+
+def open_reference(path: str | Path) -> Reference:
+    """ADM's reference .npz (images, statistics), U-ViT's (mu, sigma) or kept features. Raises OSError, ValueError."""
+    names = array_names(path)
+    statistics = read_statistics(path)
+    return Reference(Path(path), statistics, open_set(path) if names & {"arr_0", "pool"} else None)
+
+
+def check_sets(samples: Sequence[ImageSet], reference: Reference) -> None:
+    """Raises ValueError for sets (`samples` the parts of one) that cannot be scored: too few images, other sizes."""
+    fewest = 4 if reference.images else 2  # for the neighbours of precision and recall; for a covariance
+    n_samples = sum(part.count for part in samples)
+    if n_samples < fewest:
+        raise ValueError(f"{samples[0].name}: expected at least {fewest} images; found {n_samples}")
+    if reference.images and reference.images.count < fewest:
+        raise ValueError(f"{reference.path}: expected at least {fewest} images; found {reference.images.count}")
+    for part in samples:
+        if part.size != samples[0].size:
+            (h, w), (h0, w0) = part.size, samples[0].size
+            raise ValueError(f"{part.name} is {w}x{h} but {samples[0].name} is {w0}x{h0}: give parts of one set")
+    if reference.images and reference.images.size != samples[0].size:
+        (h, w), (h0, w0) = samples[0].size, reference.images.size
+        raise ValueError(
+            f"{samples[0].name} is {w}x{h} but the images of {reference.path} are {w0}x{h0}: give the reference of "
+            "this resolution, or sample at that one"
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The suite's scores of a set.
+
+    Attributes:
+        values: fid, sfid, inception_score, precision, recall; None where the reference does not allow one.
+        reasons: why, of each None.
+        features: of the samples.
+        weights: SHA-256 of the Inception weights.
+    """
+
+    values: dict[str, float | None]
+    reasons: dict[str, str]
+    features: SetFeatures
+    weights: str
+
+
+def score_sets(
+    samples: Sequence[ImageSet], reference: Reference, weights: Path, state, batch_size: int = 64
+) -> Scores | None:
+    """Score a set of images against a reference, all processes of a run extracting features, the main one scoring.
+
+    Args:
+        samples: parts of one set, in order.
+        weights: pytorch-fid's Inception weights (see libs.inception.find_inception).
+        state: accelerate's Accelerator or PartialState.
+        batch_size: images at a time per process.
+
+    Returns:
+        The scores on the main process, None on others.
+
+    Raises:
+        ValueError, OSError: sets or weights that cannot be used, NaN in features.
+    """
+    check_sets(samples, reference)
+    digest = file_digest(weights)
+    for part in (*samples, reference.images):
+        if isinstance(part, KeptFeatures) and part.inception != digest:
+            raise ValueError(
+                f"{part.name} holds features of other Inception weights than {weights} (SHA-256 "
+                f"{part.inception[:8]}..., here {digest[:8]}...): keep them again"
+            )
+    loaded = []
+
+    def network() -> AdmInception:  # none where all features were kept
+        if not loaded:
+            loaded.append(load_adm_inception(weights, state.device))
+        return loaded[0]
+
+    reference_features = features_of(reference.images, network, batch_size, state) if reference.images else None
+    parts = [features_of(part, network, batch_size, state) for part in samples]
+    if not state.is_main_process:
+        return None
+    features = SetFeatures.joined(parts)
+    return Scores(*score(features, reference.statistics, reference_features, state.device), features, digest)
+
+
 def score(
-    samples: SetFeatures, statistics: dict[str, Gaussian], reference: SetFeatures | None
+    samples: SetFeatures,
+    statistics: dict[str, Gaussian],
+    reference: SetFeatures | None,
+    device: torch.device | str = "cpu",
 ) -> tuple[dict[str, float | None], dict[str, str]]:
     """The suite's five scores: fid, sfid, inception_score, precision, recall.
 
@@ -190,6 +431,7 @@ def score(
         statistics: those that come with the reference (see `read_statistics`). As in the suite they are those of a
             whole data set and go before the statistics of the reference's images.
         reference: features of the reference's images; None: it has none.
+        device: where neighbours are sought.
 
     Returns:
         The scores, None where the reference does not allow one, and the reason of each None.
@@ -212,5 +454,5 @@ def score(
         scores["precision"] = scores["recall"] = None
         reasons["precision"] = reasons["recall"] = "the reference holds no images"
     else:
-        scores["precision"], scores["recall"] = precision_recall(reference.pool, samples.pool)
+        scores["precision"], scores["recall"] = precision_recall(reference.pool.to(device), samples.pool.to(device))
     return scores, reasons

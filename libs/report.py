@@ -1,0 +1,251 @@
+"""The report of a scored set of images: metrics.json with all that decides the numbers, report.md, samples.png.
+
+FID depends on much that is not the model. So the report names it all, sets the scores beside the published ones, and
+warns of what makes them incomparable (docs/evaluation.md).
+"""
+
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from libs.adm_suite import ImageSet, KeptFeatures, NpzImages, Reference, Scores
+from libs.checkpoint import WEIGHTS_FILE, file_digest
+from libs.latents import replacing
+from libs.pictures import save_grid
+from libs.run_record import code_version
+
+PUBLISHED_IMAGES = 50_000  # behind published scores
+NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+}
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pytorch-fid", "accelerate", "diffusers")
+N_PICTURES, COLUMNS = 40, 8  # of samples.png
+
+# File names of ADM's references, and of U-ViT's statistics made from them, by the images' side.
+ADM_REFERENCES = {
+    64: ("VIRTUAL_imagenet64_labeled.npz",),
+    256: ("VIRTUAL_imagenet256_labeled.npz", "fid_stats_imagenet256_guided_diffusion.npz"),
+    512: ("VIRTUAL_imagenet512.npz", "fid_stats_imagenet512_guided_diffusion.npz"),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published result on ImageNet by ADM's suite: 50,000 images, against ADM's reference of that size."""
+
+    model: str
+    size: int  # pixels
+    guided: bool
+    fid: float
+    sfid: float | None = None
+    inception_score: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    config: str = ""  # of this project
+    source: str = "DiMR, arXiv 2406.09416"
+
+
+_XL, _G, _XL512 = "DiMR-XL-2R_imagenet256", "DiMR-G-2R_imagenet256", "DiMR-XL-3R_imagenet512"
+PUBLISHED = (
+    Published("DiMR-XL/2R, 500K iterations", 256, False, 4.87, config=_XL),
+    Published("DiMR-XL/2R, 500K iterations", 256, True, 1.77, None, 285.7, 0.79, 0.62, config=_XL),
+    Published("DiMR-XL/2R, 1M iterations", 256, False, 4.50, config=_XL),
+    Published("DiMR-XL/2R, 1M iterations", 256, True, 1.70, None, 289.0, 0.79, 0.63, config=_XL),
+    Published("DiMR-G/2R, 1M iterations", 256, False, 3.56, config=_G),
+    Published("DiMR-G/2R, 1M iterations", 256, True, 1.63, None, 292.5, 0.79, 0.63, config=_G),
+    Published("DiMR-XL/3R, 1M iterations", 512, False, 7.93, config=_XL512),
+    Published("DiMR-XL/3R, 1M iterations", 512, True, 2.89, None, 289.8, config=_XL512),
+    Published("DiMR-M/3R, 300K iterations", 64, False, 3.65, None, 42.41, config="DiMR-M-3R_imagenet64"),
+    Published("DiMR-L/3R, 300K iterations", 64, False, 2.21, None, 55.73, config="DiMR-L-3R_imagenet64"),
+    # The scores that ADM's suite prints for ADM's own sample file: a check of a suite.
+    Published(
+        "ADM-G-U", 256, True, 3.943, 6.140, 215.84, 0.8265, 0.5309, source="openai/guided-diffusion, evaluations"
+    ),
+)
+
+
+def published_for(config: str) -> list[Published]:
+    """The results published for a config of this project, by the name of its file."""
+    return [result for result in PUBLISHED if config and result.config == config]
+
+
+def nearest_published(fid: float | None, size: tuple[int, int], n: int = 3) -> list[Published]:
+    """The n published results of this image size (H, W) with the nearest FIDs, by ratio."""
+    same_size = [result for result in PUBLISHED if size == (result.size, result.size)]
+    if fid is None:
+        return []
+    return sorted(same_size, key=lambda result: abs(math.log(result.fid / max(fid, 1e-9))))[:n]
+
+
+def usual_mistakes(
+    n_images: int, size: tuple[int, int], reference: Reference, sampling: dict, labels: Sequence[int] | None
+) -> list[str]:
+    """What stands between a score and the published ones, a sentence each.
+
+    Args:
+        sampling: what is known of how the images were made (see `write_report`).
+        labels: the classes asked for, one per image; None: unknown.
+    """
+    found = []
+    if n_images < PUBLISHED_IMAGES:
+        found.append(f"{n_images} images: published scores are of {PUBLISHED_IMAGES}, and FID falls with more")
+    if sampling.get("n_samples", n_images) != n_images:
+        found.append(f"{n_images} images of a set of {sampling['n_samples']}: score the whole set")
+    if Path(sampling.get("weights", "")).name in (WEIGHTS_FILE, "nnet.pth"):
+        found.append("the weights are not an average (EMA): published scores are of nnet_ema")
+    n_classes = sampling.get("n_classes")
+    if labels is not None and n_classes:
+        counts = Counter(labels)
+        fewest, most = min(counts.get(label, 0) for label in range(n_classes)), max(counts.values())
+        if most - fewest > 1:
+            found.append(f"unbalanced labels, {fewest} to {most} images per class: published sets are balanced")
+    if sampling.get("scale") == 1:
+        found.append("no guidance (scale 1): compare with unguided results")
+    side, name = size[0], reference.path.name
+    if name not in ADM_REFERENCES.get(side, ()):
+        expected = f"{ADM_REFERENCES[side][0]}" if side in ADM_REFERENCES else "a reference for another image size"
+        found.append(f"another reference, {name}: the published scores are against ADM's {expected}")
+    if "fid" not in reference.statistics and reference.images and reference.images.count < PUBLISHED_IMAGES:
+        found.append(f"the reference's statistics are of {reference.images.count} images only, which raises FID")
+    return found
+
+
+def write_report(
+    folder: str | Path,
+    scores: Scores,
+    samples: Sequence[ImageSet],
+    reference: Reference,
+    sampling: dict | None = None,
+    labels: Sequence[int] | None = None,
+    device: str = "cpu",
+) -> dict:
+    """Write metrics.json, report.md and (where there are images) samples.png into `folder`, made if need be.
+
+    Args:
+        sampling: how the images were made: the settings that eval.py keeps in sampling.json and, where known, "config"
+            (its name), "weights" (the file) and "step". JSON values; None or empty: unknown.
+        labels: the classes asked for, one per image.
+        device: that the features were computed on.
+
+    Returns:
+        What metrics.json holds.
+    """
+    folder, sampling = Path(folder), sampling or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    n_images, size = sum(part.count for part in samples), samples[0].size
+    own = published_for(sampling.get("config", ""))
+    counts = Counter(labels or ())
+    report = {
+        **scores.values,
+        "not_computed": scores.reasons,
+        "warnings": usual_mistakes(n_images, size, reference, sampling, labels),
+        "published_for_config": [asdict(result) for result in own],
+        "nearest_published": [asdict(result) for result in nearest_published(scores.values["fid"], size)],
+        "samples": {
+            "files": [described(part) for part in samples],
+            "images": n_images,
+            "size": size,
+            "labels": {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
+            if counts
+            else "unknown",
+        },
+        "sampling": sampling or "unknown",
+        "reference": {
+            "file": str(reference.path),
+            "sha256": file_digest(reference.path),
+            "images": reference.images.count if reference.images else 0,
+            "statistics": sorted(reference.statistics),
+        },
+        "suite": {
+            "inception_sha256": scores.weights,
+            "resize": "TensorFlow 1 bilinear to 299x299, as ADM",
+            "precision": "float32 features, float64 scores",
+            "device": device,
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "code": code_version(),
+    }
+    with replacing(folder / "metrics.json") as file:
+        file.write(json.dumps(report, indent=1).encode())
+    pictures = pick(samples, N_PICTURES)
+    if pictures:
+        save_grid(torch.stack(pictures), folder / "samples.png", COLUMNS)
+    with replacing(folder / "report.md") as file:
+        file.write(as_markdown(report, own, bool(pictures)).encode())
+    return report
+
+
+def described(part: ImageSet) -> dict:
+    """Where a part of a set came from; a file with its hash."""
+    by_hash = {"sha256": file_digest(part.path)} if isinstance(part, NpzImages | KeptFeatures) else {}
+    return {"file": part.name, **by_hash}
+
+
+def pick(samples: Sequence[ImageSet], n: int) -> list[torch.Tensor]:
+    """n images (3, H, W) spread evenly over a set, fewer where there are fewer or only their features were kept."""
+    ends = list(accumulate(part.count for part in samples))
+    wanted = sorted({i * ends[-1] // n for i in range(n)})
+    pictures = []
+    for part, end in zip(samples, ends, strict=True):
+        start = end - part.count
+        if not isinstance(part, KeptFeatures):
+            pictures += part.pick([i - start for i in wanted if start <= i < end])
+    return pictures
+
+
+def as_markdown(report: dict, own: list[Published], has_pictures: bool) -> str:
+    """report.md, from what metrics.json holds."""
+    samples, (height, width) = report["samples"], report["samples"]["size"]
+    lines = [f"# Scores of {samples['images']:,} images of {width}x{height}", ""]
+    lines += [f"| | {' | '.join(NAMES.values())} |", "|---" * (len(NAMES) + 1) + "|"]
+    lines.append(f"| **these images** | {' | '.join(number(report[name], 4) for name in NAMES)} |")
+    rows = own + [Published(**row) for row in report["nearest_published"] if Published(**row) not in own]
+    for row in rows:
+        title = f"{row.model}{', guided' if row.guided else ''} ({row.source})"
+        lines.append(f"| {title} | {' | '.join(number(getattr(row, name)) for name in NAMES)} |")
+    lines += [
+        "",
+        "Below the first row: what is published for this config, then the nearest by FID."
+        if rows
+        else "Nothing is published for images of this size by these scores.",
+    ]
+    lines += [f"\n{NAMES[name]} was not computed: {reason}." for name, reason in report["not_computed"].items()]
+    if report["warnings"]:
+        lines += ["", "## Before comparing", "", *(f"- {warning}" for warning in report["warnings"])]
+    if has_pictures:
+        lines += [
+            "",
+            "## Samples",
+            "",
+            f"{N_PICTURES} at most, spread evenly over the set.",
+            "",
+            "![samples](samples.png)",
+        ]
+    lines += ["", "## What decides these numbers", "", "| | |", "|---|---|"]
+    for section in ("samples", "sampling", "reference", "suite", "versions", "code"):
+        values = report[section] if isinstance(report[section], dict) else {"": report[section]}
+        lines += [f"| {section} {key} | {shown(value)} |" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float | None, digits: int | None = None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if digits else f"{value:g}"
+
+
+def shown(value) -> str:
+    """A JSON value in a Markdown cell."""
+    return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|")
