@@ -7,7 +7,7 @@ NumPy arrays or tensors (N, D), one row per image. N images, D features, C class
 import numpy as np
 import torch
 
-ROWS = 4096  # rows worked on at a time: a tile of distances is then 64 MB
+ROWS = 2048  # rows worked on at a time: a tile of distances is then 16 MB, which the allocator keeps
 
 
 class GaussianStatistics:
@@ -125,7 +125,7 @@ def precision_recall(reference, samples, k=3):
 
     The manifold of a set is the union of the balls around its points that reach their k-th neighbour in the set.
     Precision is the share of samples in the manifold of the reference, recall the share of the reference in that of
-    the samples. Euclidean distances are computed in float32, tile by tile: memory is that of two copies of the features
+    the samples. Euclidean distances are taken in float32, tile by tile: memory is that of four copies of the features
     (ADM's suite takes float16 where it does not overflow, which can differ in the last digits).
 
     Args:
@@ -143,48 +143,57 @@ def precision_recall(reference, samples, k=3):
     # Distances do not change when both sets move; near the origin |x|² - 2xy + |y|² loses fewer digits.
     centre = reference.double().mean(0)
     reference, samples = ((features - centre).float() for features in (reference, samples))
-    reference_radii, sample_radii = _squared_radii(reference, k), _squared_radii(samples, k)
+    reference_sides, sample_sides = _distance_factors(reference), _distance_factors(samples)
+    reference_radii, sample_radii = _squared_radii(*reference_sides, k), _squared_radii(*sample_sides, k)
     in_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     in_samples = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
     for i in range(0, len(samples), ROWS):
         rows = slice(i, i + ROWS)
         for j in range(0, len(reference), ROWS):
             columns = slice(j, j + ROWS)
-            distances = _squared_distances(samples[rows], reference[columns])
+            distances = _product(sample_sides[0][rows], reference_sides[1][columns])
             in_reference[rows] |= (distances <= reference_radii[columns]).any(1)
             in_samples[columns] |= (distances <= sample_radii[rows, None]).any(0)
     return in_reference.double().mean().item(), in_samples.double().mean().item()
 
 
-def _squared_distances(x, y):
-    """(n, D), (m, D) -> (n, m)."""
+def _distance_factors(x):
+    """x (N, D) -> left, right (N, D + 2) with left[i] @ right[j] = |x[i] - x[j]|²: a tile is one product.
+
+    The rows are (-2x, |x|², 1) and (x, 1, |x|²).
+    """
+    squares, ones = x.square().sum(1, keepdim=True), x.new_ones(len(x), 1)
+    return torch.cat([-2 * x, squares, ones], dim=1), torch.cat([x, ones, squares], dim=1)
+
+
+def _product(left, right):
+    """(n, D), (m, D) -> left @ right.T, (n, m)."""
     # On the CPU NumPy multiplies: its OpenBLAS does so twice as fast as PyTorch's MKL on AMD, as fast on Intel.
-    products = torch.from_numpy(x.numpy() @ y.numpy().T) if x.device.type == "cpu" else x @ y.T
-    return products.mul_(-2).add_(y.square().sum(1)).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
+    return torch.from_numpy(left.numpy() @ right.numpy().T) if left.device.type == "cpu" else left @ right.T
 
 
-def _squared_radii(x, k):
-    """Squared distance of each row of x (N, D) to its k-th neighbour, itself excluded: (N,).
+def _squared_radii(left, right, k):
+    """Squared distance of each row to its k-th neighbour, itself excluded, from `_distance_factors`: (N,).
 
     Distances are symmetric: each tile above the diagonal serves its rows and its columns.
     """
-    nearest = torch.full((len(x), k), torch.inf, device=x.device)
+    nearest = left.new_full((len(left), k), torch.inf)
 
     def offer(rows, distances):
         fewest = distances.topk(min(k, distances.shape[1]), dim=1, largest=False, sorted=False).values
         nearest[rows] = torch.cat([nearest[rows], fewest], dim=1).topk(k, dim=1, largest=False).values
 
-    for i in range(0, len(x), ROWS):
+    for i in range(0, len(left), ROWS):
         rows = slice(i, i + ROWS)
-        for j in range(i, len(x), ROWS):
+        for j in range(i, len(left), ROWS):
             columns = slice(j, j + ROWS)
-            distances = _squared_distances(x[rows], x[columns])
+            distances = _product(left[rows], right[columns])
             if i == j:
                 distances.fill_diagonal_(torch.inf)
             else:
                 offer(columns, distances.T.contiguous())
             offer(rows, distances)
-    return nearest.amax(1)
+    return nearest.amax(1).clamp_(min=0)  # rounding can make the distance of a duplicate negative
 
 
 def _checked(features, name, n_least=2):
