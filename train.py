@@ -26,7 +26,7 @@ from tqdm import tqdm
 import eval as evaluation
 import sde
 import utils
-from libs import checkpoint, monitor, pictures, run_record
+from libs import checkpoint, monitor, pictures, run_record, sharding
 from libs.autoencoder import sample_latents
 from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
@@ -114,19 +114,24 @@ def resume(
     return 0
 
 
+def gather_state(nnet: nn.Module, averages: dict[str, EMA], optimizer, main: bool) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by file; sharded ones whole on the main process. All processes have to call it."""
+    cut = {
+        checkpoint.WEIGHTS_FILE: nnet.state_dict(),
+        checkpoint.OPTIMIZER_FILE: checkpoint.optimizer_tensors(optimizer, nnet),
+        **{name: average.state_dict() for name, average in averages.items()},
+    }
+    return {file: sharding.gather(tensors, keep=main) for file, tensors in cut.items()}
+
+
 def save(
-    folder: Path, config: ml_collections.ConfigDict, step: int, nnet: nn.Module, averages: dict, optimizer, scaler
+    folder: Path, config: ml_collections.ConfigDict, step: int, tensors: dict[str, dict[str, Tensor]], scaler
 ) -> bool:
     """Write everything that `resume` needs, and remove what config.train no longer keeps; False if it failed.
 
     There is no random state in it: the data order and all noise follow from the seed and the step. A checkpoint that
     cannot be written (a full disk) is lost, the run and the older checkpoints are not.
     """
-    tensors = {
-        checkpoint.WEIGHTS_FILE: nnet.state_dict(),
-        checkpoint.OPTIMIZER_FILE: checkpoint.optimizer_tensors(optimizer, nnet),
-        **{name: average.state_dict() for name, average in averages.items()},
-    }
     state = {"step": step, "scaler": scaler.state_dict() if scaler is not None else None}
     state |= {"code": run_record.code_version(), "config": utils.config_json(config)}
     try:
@@ -156,6 +161,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
         logging.set_verbosity(logging.ERROR)
 
     # Everything that a user can get wrong, before anything is written.
+    sharding.check_launcher()
     utils.check_training(config)
     utils.check_sampling(config)
     weights = utils.loss_weights(config)
@@ -174,6 +180,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
 
     start_from(nnet, config)
     averages = make_averages(nnet, config)
+    if settings.sharded:
+        sharding.shard(nnet, [average.model for average in averages.values()], device)
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
     step = resume(workdir / "ckpts", config, nnet, averages, optimizer, scaler)
     batches = StepBatches(
@@ -181,17 +189,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
     )
     if step >= settings.n_steps:
         logging.info("already trained for %d steps: nothing to do", step)
+        del nnet, averages, optimizer
         utils.finish(accelerator)
         return 0
 
     data = make_loader(dataset, batches, config.dataset.num_workers, pin_memory=device.type == "cuda")
-    wrapped, wrapped_optimizer = accelerator.prepare(nnet, optimizer)
+    # A sharded network synchronises itself, in every pass of accumulation (so that no process ever holds the whole
+    # gradient), and needs no more than mixed precision around it: what accelerate calls evaluation mode.
+    wrapped = accelerator.prepare_model(nnet, device_placement=False, evaluation_mode=settings.sharded)
+    wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
     if main:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / REQUEUE_FILE).unlink(missing_ok=True)
         (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
         log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
-        describe_run(config, workdir, nnet, accelerator, len(dataset), batches.steps_per_epoch)
+        describe_run(config, workdir, nnet, averages, accelerator, len(dataset), batches.steps_per_epoch)
     accelerator.init_trackers(
         config.wandb.project if config.wandb.mode != "disabled" else "tensorboard",
         init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": utils.config_json(config)}},
@@ -260,22 +272,27 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
                     "or use bf16 in place of fp16 (config.train.max_skipped sets how many are allowed)"
                 )
 
-        if main and step % settings.eval_interval == 0:
-            images = sample(range(len(grid_labels)), grid_labels)
+        if step % settings.eval_interval == 0:
+            with sharding.whole(sampled_network):
+                images = sample(range(len(grid_labels)), grid_labels) if main else None
             try:
-                pictures.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
-                pictures.save_strip(workdir / "samples", settings.grid_per_class)
+                if main:
+                    pictures.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
+                    pictures.save_strip(workdir / "samples", settings.grid_per_class)
             except OSError as error:
                 logging.error("the grid of step %d is lost, training goes on: %s", step, error)
             timer.reset()
 
         if step % settings.save_interval == 0 or done or stopping:
-            if main and save(workdir / "ckpts" / f"{step}.ckpt", config, step, nnet, averages, optimizer, scaler):
+            tensors = gather_state(nnet, averages, optimizer, main)
+            if main and save(workdir / "ckpts" / f"{step}.ckpt", config, step, tensors, scaler):
                 saved_step = step
+            del tensors
             timer.reset()
 
         if settings.fid_interval and step % settings.fid_interval == 0:
-            fid = fid_of_samples(config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator)
+            with sharding.whole(sampled_network):
+                fid = fid_of_samples(config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator)
             if fid is not None:
                 run_record.log_to_trackers(accelerator, {"fid": fid}, step)
                 log.write(step, {"fid": fid})
@@ -292,7 +309,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
             (workdir / REQUEUE_FILE).write_text(f"{step}\n")
         logging.info("%s at step %d; weights in %s", "stopped" if status else "trained", step, workdir / "ckpts")
     # The wrapped model and what refers to it go before the processes part (see utils.finish).
-    del wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample, stop
+    del nnet, wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample, stop
+    del sampled_network
     utils.finish(accelerator)
     return status
 
@@ -301,6 +319,7 @@ def describe_run(
     config: ml_collections.ConfigDict,
     workdir: Path,
     nnet: nn.Module,
+    averages: dict[str, EMA],
     accelerator: accelerate.Accelerator,
     n_records: int,
     steps_per_epoch: int,
@@ -314,6 +333,10 @@ def describe_run(
     logging.info(
         "  batch %d = %d processes x %d passes x %d", batch, n_processes, passes, batch // n_processes // passes
     )
+    held = 3 * sharding.local_bytes(decayed + spared)  # a gradient and two moments for each trained weight
+    held += sum(sharding.local_bytes(m.parameters()) for m in (nnet, *(a.model for a in averages.values())))
+    layout = "sharded" if config.train.sharded else "whole"
+    logging.info("  %.6g MB of weights, gradients, moments and averages per process, %s", held / 1e6, layout)
     logging.info("  data %s: %d records, %d steps per epoch", config.dataset.path, n_records, steps_per_epoch)
     logging.info(
         "  %s precision on %s; code %s", accelerator.mixed_precision, accelerator.device, run_record.code_version()

@@ -65,6 +65,7 @@ def base():
         n_steps=1_000_000,  # updates
         batch_size=1024,  # images per update over all processes
         accumulation=1,  # forward-backward passes per update
+        sharded=False,  # spread weights, gradients, moments and averages over the processes (FSDP); False: DDP
         log_interval=10,  # updates between log lines
         eval_interval=5000,  # updates between grids of samples
         save_interval=50_000,  # updates between checkpoints (one is also written at the end)

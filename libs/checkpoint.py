@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from libs.sharding import cut_like
+
 # (this project's name, released name); each pair is undone by its mirror image, so the table serves both directions.
 RENAMES = [
     (r"\.patch_embed\.", ".input_layer.1."),
@@ -54,7 +56,7 @@ def to_own_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copy a state dict (own or released names) into a model.
+    """Copy a state dict of whole tensors (own or released names) into a model, which may be sharded.
 
     Raises:
         ValueError: tensors missing, left over or of another shape, the first few named.
@@ -75,7 +77,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
             f"{source} does not fit this model ({len(problems)} of {len(own)} tensors differ); was it trained with "
             f"another config (--config, config.nnet, config.z_shape)?\n  {shown}{more}"
         )
-    model.load_state_dict(state)
+    model.load_state_dict({name: cut_like(tensor, own[name]) for name, tensor in state.items()})
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -202,11 +204,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took out, on the parameters' devices."""
+    """Put back what `optimizer_tensors` took out, whole, on the parameters' devices and cut as they are."""
     parameters = dict(model.named_parameters())
     state = {}
     for key, value in tensors.items():
         quantity, name = key.split("/", 1)
+        if value.shape == parameters[name].shape:  # else a number of its own: the count of updates
+            value = cut_like(value, parameters[name])
         state.setdefault(name, {})[quantity] = value
     positions = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
     # Through load_state_dict, which knows which of an optimiser's tensors belong on which device.

@@ -11,17 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from libs import sharding
+
 
 class EMA:
     """ema <- rate · ema + (1 - rate) · weights after every update, starting from the initial weights.
 
-    One fused multi-tensor operation per update; `model` is the averaged network, ready to sample with.
+    One fused multi-tensor operation per update; `model` is the averaged network, ready to sample with. Both networks
+    may be sharded (alike) before the first update; each process then averages its own pieces.
     """
 
     def __init__(self, model: nn.Module, rate: float):
         self.rate = rate
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.pairs = [list(self.model.parameters()), list(model.parameters())]
+        self.source = model
+        self.pairs = None  # taken at the first update: sharding puts other tensors in the networks
 
     def rate_at(self, step: int) -> float:
         """The rate of update `step`, counted from 1."""
@@ -30,6 +34,8 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights after update `step`, counted from 1."""
+        if self.pairs is None:
+            self.pairs = [[sharding.local(p) for p in network.parameters()] for network in (self.model, self.source)]
         averaged, current = self.pairs
         torch._foreach_lerp_(averaged, current, 1 - self.rate_at(step))
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from libs import sharding
+
 NO_DECAY = (".time_weight", ".time_bias")  # w and b of the time-dependent vectors; gains and biases do decay
 
 
@@ -37,7 +39,7 @@ def clip_or_skip(optimizer: torch.optim.Optimizer, max_norm: float, skipped: Ten
     """Clip gradients to `max_norm` (0: leave them) and have the next step skipped if their norm is not finite.
 
     Nothing waits for the device: the fused AdamW itself leaves weights and moments alone when `found_inf` is set, as
-    the gradient scaler of fp16 does.
+    the gradient scaler of fp16 does. Of a sharded model the norm is that of the whole gradient, the same everywhere.
 
     Args:
         skipped: float tensor (2,), skipped updates in a row and in all; brought up to date.
@@ -46,10 +48,10 @@ def clip_or_skip(optimizer: torch.optim.Optimizer, max_norm: float, skipped: Ten
         The norm before clipping, a scalar tensor.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = sharding.full(torch.nn.utils.get_total_norm(gradients, foreach=True))
     bad = (~torch.isfinite(norm)).float()
     skipped.copy_(torch.stack([(skipped[0] + 1) * bad, skipped[1] + bad]))
     optimizer.found_inf, optimizer.grad_scale = bad, None
     if max_norm:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([sharding.local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
