@@ -151,8 +151,8 @@ def main():
         f"    python benchmarks/extraction.py --workdir /tmp/extraction --out {args.out}"
         f"{' --narrow' if args.narrow else ''}\n\n"
         f"{machine}{torch.__version__}. {len(store)} photos' crops in {store.n_classes} classes at {RESOLUTION} "
-        f"pixels, records {tuple(store.record_shape)} {store.dtype};\nrandomly initialised autoencoder of Stable Diffusion's "
-        f"architecture, {n_parameters:,} parameters. Seconds include "
+        f"pixels, records {tuple(store.record_shape)} {store.dtype};\nrandomly initialised autoencoder of Stable "
+        f"Diffusion's architecture, {n_parameters:,} parameters. Seconds include "
         "starting and depend\non what else the machine does.\n\n"
         "| run | seconds | SHA-256 over the store's files | |\n|---|---|---|---|\n"
         + "".join(f"| {name} | {s:.0f} | {d[:16]} | {more} |\n" for name, s, d, more in rows)
