@@ -4,66 +4,83 @@
         --config=configs/NAME.py --nnet_path=WEIGHTS --IMGsave_path=saved_images [--cfg=SCALE [--cfg_scale_pow=POWER]]
 
 WEIGHTS is a released .pth, a .safetensors, or a checkpoint folder <workdir>/ckpts/<step>.ckpt (its EMA weights).
-Image i is IMGsave_path/<i>.png; its noise and label are functions of i alone and batches are fixed by index, so any
-number of processes makes the same bytes. Images that are there and complete are not made again; a folder made with
-other settings is refused. class_lab.txt (one label per line, in index order) is written into the folder and, as the
-released code does, into the current directory.
+Image i is IMGsave_path/<i>.png, or in a shard (config.sample.output); its noise and label are functions of i alone and
+batches are fixed by index, so any number of processes makes the same bytes. The same command again makes what is
+missing; a folder made with other settings is refused. --indices and --classes make a part of the set, which img2npz.py
+puts together. class_lab.txt (one label per line, in index order) is written into the folder and, as the released code
+does, into the current directory. See docs/sampling.md.
 """
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_collections
-import numpy as np
-import torch
 from absl import flags, logging
-from PIL import Image
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 import sde
 import utils
-from libs.adm_suite import PngImages, Scores, score_sets
+from libs.adm_suite import SampledImages, Scores, score_sets
 from libs.checkpoint import file_digest
+from libs.latents import replacing
 from libs.report import NAMES, write_report
-
-SETTINGS_FILE = "sampling.json"
-LABELS_FILE = "class_lab.txt"
-PNG_END = bytes.fromhex("49454e44ae426082")  # the IEND chunk: a PNG without it is cut short
-
-
-def is_complete(path: Path) -> bool:
-    """Is there a whole PNG at `path`? Reads its last bytes only."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return file.read() == PNG_END
-    except OSError:
-        return False
-
-
-def write_png(image: np.ndarray, path: Path) -> None:
-    """Write a uint8 image (H, W, 3) so that it is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(image).save(temporary, format="png", compress_level=1)
-    os.replace(temporary, path)
+from libs.sample_set import (
+    LABELS_FILE,
+    RANGE,
+    SETTINGS_FILE,
+    TEMPORARY_NAME,
+    SetWriter,
+    balanced_label,
+    batches_of,
+    common,
+    differences,
+    indices_of_classes,
+    missing_files,
+    read_settings,
+    remove_temporaries,
+    span,
+)
+from libs.transfer import to_host
 
 
-def own_batches(n_samples: int, batch_size: int, n_processes: int, process: int) -> Iterator[range]:
-    """The batches (ranges of sample indices) that a process makes: every n_processes-th, fixed by index alone."""
-    for start in range(process * batch_size, n_samples, n_processes * batch_size):
-        yield range(start, min(start + batch_size, n_samples))
+def chosen_range(text: str, flag: str, n: int) -> range:
+    """A range FIRST:END of 0..n, END not included. Raises ValueError for anything else, naming `flag`."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not 0 <= int(match[1]) < int(match[2]) <= n:
+        raise ValueError(f"--{flag} must be FIRST:END with 0 <= FIRST < END <= {n} (END not included); found {text!r}")
+    return range(int(match[1]), int(match[2]))
 
 
-def sampling_settings(config: ml_collections.ConfigDict, weights: Path, autoencoder, precision: str) -> dict:
-    """Everything that decides the images of a set, as JSON."""
+def chosen_indices(config: ml_collections.ConfigDict, indices: str | None, classes: str | None) -> range:
+    """The images to make: those of --indices, those of the classes of --classes, or all. Raises ValueError."""
+    n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
+    if indices and classes:
+        raise ValueError("--indices and --classes both choose what to make: give one of them")
+    if classes:
+        found = indices_of_classes(chosen_range(classes, "classes", n_classes), n_samples, n_classes)
+        if not found:
+            raise ValueError(f"--classes={classes} has no images among {n_samples}: raise config.sample.n_samples")
+        return found
+    return chosen_range(indices, "indices", n_samples) if indices else range(n_samples)
+
+
+def sampling_settings(
+    config: ml_collections.ConfigDict, weights: Path, weaker_weights: Path | None, autoencoder, precision: str
+) -> dict:
+    """Everything that decides the images of a set, as JSON. What is off (None, "") is left out."""
     settings = utils.config_json(config.sample)
-    del settings["grid_steps"]
-    return {
+    for name in ("grid_steps", "autoguidance_path", "autoguidance_config"):
+        del settings[name]
+    settings = {
         "weights_sha256": file_digest(weights),
+        "autoguidance_sha256": file_digest(weaker_weights) if weaker_weights else None,
         "seed": config.seed,
         "schedule": config.schedule,
         "z_shape": list(config.z_shape),
@@ -72,87 +89,140 @@ def sampling_settings(config: ml_collections.ConfigDict, weights: Path, autoenco
         "mixed_precision": precision,
         **settings,
     }
+    return {name: value for name, value in settings.items() if value not in (None, "")}
 
 
 def check_same_settings(folder: Path, settings: dict) -> None:
     """Raises ValueError when `folder` holds images made with other settings; the message lists the differences."""
-    file = folder / SETTINGS_FILE
-    if not file.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+    found = read_settings(folder)
+    if not found:
+        if folder.is_dir() and not all(TEMPORARY_NAME.fullmatch(path.name) for path in folder.iterdir()):
             raise ValueError(f"{folder} holds files but no {SETTINGS_FILE}: give an empty or new --IMGsave_path")
         return
-    found = json.loads(file.read_text())
-    different = [f"{k}: {found.get(k)} there, {v} now" for k, v in settings.items() if found.get(k) != v]
-    if different:
+    if different := differences(found, settings):
         raise ValueError(
             f"{folder} holds images made with other settings ({'; '.join(different)}): give another --IMGsave_path or "
             "remove the folder"
         )
 
 
-def sample_set(sample, config: ml_collections.ConfigDict, folder: Path, accelerator) -> int:
-    """Make the images that `folder` lacks, this process's share of them; returns how many it made.
+def begin_set(folder: Path, indices: range, labels: Sequence[int], settings: dict | None) -> None:
+    """Make the folder, with its settings (None: a set that is not kept) and labels; remove half-written files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(folder)
+    texts = {LABELS_FILE: "".join(f"{labels[i]}\n" for i in indices)}
+    if settings is not None:
+        texts = {SETTINGS_FILE: json.dumps(settings, indent=1), **texts}
+    for name, text in texts.items():
+        with replacing(folder / name) as file:
+            file.write(text.encode())
 
-    A batch with a missing image is made whole, so that its arithmetic is the same, and only the missing are written.
-    Writing overlaps the sampling of the next batch.
+
+def batches_to_make(folder: Path, indices: range, settings: ml_collections.ConfigDict, accelerator) -> list[range]:
+    """The batches of which `folder` lacks a file. The main process looks and tells the others, so that all agree."""
+    unfinished = None
+    if accelerator.is_main_process:
+        batches = batches_of(indices, settings.n_samples, settings.mini_batch_size)
+        with ThreadPoolExecutor(16) as pool:
+            missing = pool.map(lambda batch: missing_files(folder, common(batch, indices), settings.output), batches)
+            unfinished = [batch for batch, files in zip(batches, missing, strict=True) if files]
+    return broadcast_object_list([unfinished])[0]
+
+
+def sample_set(
+    sample, config: ml_collections.ConfigDict, folder: Path, indices: range, labels: Sequence[int], accelerator
+) -> None:
+    """Make those of the images `indices` that `folder` lacks, this process's share of them.
+
+    A batch with a missing image is made whole, so that its arithmetic is the same, and only what is missing is written.
+    The next batch is begun before the last one has left the device; reading it back, encoding and writing are done by
+    threads (see SetWriter).
+
+    Args:
+        sample: what `utils.make_sampler` gives.
+        labels: of all images of the set.
     """
-    settings = config.sample
-    batches = list(
-        own_batches(settings.n_samples, settings.mini_batch_size, accelerator.num_processes, accelerator.process_index)
-    )
+    batches = batches_to_make(folder, indices, config.sample, accelerator)
+    n_processes, process = accelerator.num_processes, accelerator.process_index
     progress = tqdm(
-        total=sum(map(len, batches)), unit="image", disable=not accelerator.is_main_process, dynamic_ncols=True
+        total=len(indices),
+        initial=len(indices) - sum(len(common(batch, indices)) for batch in batches),
+        unit="image",
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+        smoothing=0.05,
     )
-    made, writes = 0, []
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        for indices in batches:
-            missing = [i for i in indices if not is_complete(folder / f"{i}.png")]
-            if missing:
-                labels = [utils.balanced_label(i, settings.n_samples, config.dataset.n_classes) for i in indices]
-                images = sample(indices, labels).permute(0, 2, 3, 1).cpu().numpy()
-                wait_for(writes)
-                writes = [pool.submit(write_png, images[i - indices.start], folder / f"{i}.png") for i in missing]
-                made += len(missing)
-            progress.update(len(indices))
-        wait_for(writes)
+    with SetWriter(folder) as writer:
+        for start in range(0, len(batches), n_processes):
+            together = batches[start : start + n_processes]  # one for each process
+            if process < len(together):
+                batch = together[process]
+                own = common(batch, indices)
+                images = to_host(sample(batch, [labels[i] for i in batch]).permute(0, 2, 3, 1).contiguous())
+                rows = slice(own.start - batch.start, own.stop - batch.start)
+                writer.put(
+                    own,
+                    lambda images=images, rows=rows: images().numpy()[rows],
+                    [labels[i] for i in own],
+                    missing_files(folder, own, config.sample.output),
+                )
+            progress.update(sum(len(common(batch, indices)) for batch in together))  # the others are about as far
     progress.close()
-    return made
-
-
-def wait_for(writes: list[Future]) -> None:
-    for write in writes:
-        write.result()  # raises what the writing raised: a full disk must not pass unseen
 
 
 def sample_and_score(
-    config: ml_collections.ConfigDict, folder: Path, nnet, autoencoder, accelerator, scoring=None
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    nnet,
+    autoencoder,
+    accelerator,
+    scoring=None,
+    weaker=None,
+    indices: range | None = None,
+    settings: dict | None = None,
 ) -> Scores | None:
     """Make the images and labels of a set in `folder`, and score them, on all processes.
 
     Args:
         scoring: the reference and the Inception weights (see `utils.open_scoring`); None: no scores.
+        weaker: network that guides (see `utils.open_weaker_network`).
+        indices: the images to make; None: all. A part of a set is not scored.
+        settings: what decides the images, to be kept beside them.
 
     Returns:
         The scores on the main process; None on others, and where nothing was to be scored.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
-    schedule = sde.get_schedule(config.schedule)
-    sample = utils.make_sampler(
-        config, nnet, nnet.null_label, schedule, autoencoder, accelerator, config.sample.sample_steps
-    )
-    made = sample_set(sample, config, folder, accelerator)
-    made = accelerator.reduce(torch.tensor(made, device=accelerator.device)).item()
+    indices = range(n_samples) if indices is None else indices
+    labels = [balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
     if accelerator.is_main_process:
-        labels = [utils.balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
-        (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels))
-        logging.info("%d images made, %d were there; labels in %s", made, n_samples - made, folder / LABELS_FILE)
+        begin_set(folder, indices, labels, settings)
+    accelerator.wait_for_everyone()  # no process writes before the folder is ready
+    sample = utils.make_sampler(
+        config,
+        nnet,
+        nnet.null_label,
+        sde.get_schedule(config.schedule),
+        autoencoder,
+        accelerator,
+        config.sample.sample_steps,
+        weaker,
+    )
+    started = time.perf_counter()
+    sample_set(sample, config, folder, indices, labels, accelerator)
+    accelerator.wait_for_everyone()  # all images are there
+    logging.info(
+        "%s and their labels are in %s, after %.0f seconds", span(indices), folder, time.perf_counter() - started
+    )
+    if len(indices) < n_samples:
+        logging.info("a part of %d images: img2npz.py puts parts together, evaluate_npz.py scores the whole", n_samples)
+        return None
     return score_sets(set_images(config, folder), *scoring, accelerator) if scoring else None
 
 
-def set_images(config: ml_collections.ConfigDict, folder: Path) -> list[PngImages]:
+def set_images(config: ml_collections.ConfigDict, folder: Path) -> list[SampledImages]:
     """The images of a whole set, to be scored."""
-    return [PngImages([folder / f"{i}.png" for i in range(config.sample.n_samples)], str(folder))]
+    return [SampledImages(folder)]
 
 
 def report(config: ml_collections.ConfigDict, folder: Path, scores: Scores, reference, sampling: dict, device) -> None:
@@ -179,10 +249,13 @@ def evaluate(
     folder: str | Path,
     metrics: str | None = None,
     config_name: str = "",
+    indices: str | None = None,
+    classes: str | None = None,
 ) -> None:
     """Sample config.sample.n_samples images into `folder` with the weights at `nnet_path`, and score them.
 
     Args:
+        indices, classes: FIRST:END, make that part of the set only.
         metrics: reference to score against; None: config.fid_stat, if it and the Inception weights are there.
         config_name: name of the config's file, for the report.
 
@@ -191,23 +264,22 @@ def evaluate(
     """
     folder = Path(folder)
     utils.check_sampling(config)
+    chosen = chosen_indices(config, indices, classes)
     accelerator = utils.make_accelerator()
-    main = accelerator.is_main_process
-    if not main:
+    if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
     nnet = utils.build_network(config).to(accelerator.device).eval()
     weights = utils.load_network_weights(nnet, nnet_path)
+    weaker, weaker_weights = utils.open_weaker_network(config, accelerator.device)
     autoencoder = utils.open_autoencoder(config, accelerator.device)
 
     scoring = utils.open_scoring(metrics or config.fid_stat, required=metrics is not None)
-    settings = sampling_settings(config, weights, autoencoder, accelerator.mixed_precision)
+    settings = sampling_settings(config, weights, weaker_weights, autoencoder, accelerator.mixed_precision)
+    settings[RANGE] = [chosen.start, chosen.stop]
     check_same_settings(folder, settings)
     accelerator.wait_for_everyone()  # every process has looked before one writes
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
-    logging.info("%s: %d samples, guidance scale %g", weights, config.sample.n_samples, config.sample.scale)
-    scores = sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring)
+    logging.info("%s: %s, guidance scale %g", weights, span(chosen), config.sample.scale)
+    scores = sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker, chosen, settings)
     if scores:
         sampling = {**settings, "config": config_name, "weights": str(weights), "step": checkpoint_step(weights)}
         sampling |= {"labels": "balanced: index * n_classes // n_samples"}
@@ -228,7 +300,15 @@ def main(argv: list[str]) -> None:
         config.sample.scale = values.cfg
     if values.cfg_scale_pow is not None:
         config.sample.scale_pow = values.cfg_scale_pow
-    evaluate(config, values.nnet_path, values.IMGsave_path, values.metrics, utils.config_name())
+    evaluate(
+        config,
+        values.nnet_path,
+        values.IMGsave_path,
+        values.metrics,
+        utils.config_name(),
+        values.indices,
+        values.classes,
+    )
     folder = Path(values.IMGsave_path)
     if os.environ.get("RANK", "0") == "0" and folder.resolve() != Path.cwd():
         shutil.copyfile(folder / LABELS_FILE, LABELS_FILE)
@@ -244,6 +324,8 @@ if __name__ == "__main__":
         "Reference .npz to score the images against, as ADM's suite; the report goes to <IMGsave_path>_report. "
         "config.fid_stat unless given, if it is there.",
     )
+    flags.DEFINE_string("indices", None, "FIRST:END, make only these images of the set, END not included.")
+    flags.DEFINE_string("classes", None, "FIRST:END, make only the images of these classes, END not included.")
     flags.DEFINE_float("cfg", None, "Guidance scale, 1: none; config.sample.scale unless given.")
     flags.DEFINE_float(
         "cfg_scale_pow",

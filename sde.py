@@ -4,7 +4,8 @@ One time axis for everything: t in [0, 1], 0 clean, 1 noise. x_t = alpha(t) x_0 
 alpha² = alpha_bar and sigma² = 1 - alpha_bar. Schedules compute in float64 on the device of t.
 
 Sources: DiMR (arXiv 2406.09416), score SDEs (Song et al., arXiv 2011.13456), the cosine schedule (Nichol and
-Dhariwal, arXiv 2102.09672), classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+Dhariwal, arXiv 2102.09672), classifier-free guidance (Ho and Salimans, arXiv 2207.12598), its interval
+(Kynkäänniemi et al., arXiv 2404.07724) and autoguidance (Karras et al., arXiv 2406.02507).
 """
 
 import math
@@ -256,8 +257,8 @@ def guidance_weight(t: float, scale: float, power: float | None = None) -> float
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (1 - t) ** power)) / 2
 
 
-def check_guidance(scale: float, power: float | None) -> None:
-    """Raises ValueError for a scale below 1 or a power that is not positive."""
+def check_guidance(scale: float, power: float | None, interval: tuple[float, float] | None = None) -> None:
+    """Raises ValueError for a scale below 1, a power that is not positive, or an interval that is none."""
     if scale < 1:
         raise ValueError(
             f"the guidance scale must be at least 1 (1 = none, eps = uncond + scale (cond - uncond)); found {scale:g}. "
@@ -265,6 +266,13 @@ def check_guidance(scale: float, power: float | None) -> None:
         )
     if power is not None and power <= 0:
         raise ValueError(f"the power of the guidance schedule must be above 0; found {power:g} (leave it out for none)")
+    if interval is not None:
+        numbers = [value for value in interval if isinstance(value, int | float)]
+        if len(interval) != 2 or len(numbers) != 2 or not 0 <= interval[0] < interval[1]:
+            raise ValueError(
+                "the guidance interval must be two noise levels sigma / alpha, (low, high) with 0 <= low < high; found "
+                f"{tuple(interval)}: set config.sample.interval, or leave it out to guide always"
+            )
 
 
 def guided_noise_model(
@@ -274,34 +282,51 @@ def guided_noise_model(
     null_label: int,
     scale: float = 1.0,
     power: float | None = None,
+    interval: tuple[float, float] | None = None,
+    weaker: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> NoiseModel:
     """The network as a noise model eps(x, t) of a batch x (B, C, H, W) and one time t, with guidance.
 
-    The conditional and unconditional halves go through the network as one batch of 2B; at scale 1 there is no second
-    half. Nothing in a call waits for the device.
+    The conditional and unconditional halves go through the network as one batch of 2B; at scale 1 and outside the
+    interval there is no second half. Nothing in a call waits for the device.
 
     Args:
         nnet: network, called as nnet(x, t, y) with t of shape (1,).
         labels: (B,) class labels.
+        scale, power: of `guidance_weight`.
+        interval: (low, high]; guided only at noise levels sigma / alpha (EDM's sigma) in it, only conditional outside
+            (Kynkäänniemi et al., arXiv 2404.07724). None: always guided.
+        weaker: autoguidance: a smaller or less trained network, told the same labels, takes the place of the
+            unconditional half (Karras et al., arXiv 2406.02507).
 
     Raises:
-        ValueError: a scale below 1 or a power that is not positive.
+        ValueError: see `check_guidance`.
     """
-    check_guidance(scale, power)
+    check_guidance(scale, power, interval)
     both = torch.cat([labels, torch.full_like(labels, null_label)])
 
-    def conditional(x: Tensor, t: float) -> Tensor:
-        return nnet(x, network_time(t, x), labels)[-1].float()
+    def noise_model(x: Tensor, t: float) -> Tensor:
+        time = network_time(t, x.device)
+        if scale == 1 or not is_guided(t):
+            return nnet(x, time, labels)[-1].float()
+        if weaker is None:
+            eps, eps_guide = nnet(torch.cat([x, x]), time, both)[-1].float().chunk(2)
+        else:
+            eps, eps_guide = nnet(x, time, labels)[-1].float(), weaker(x, time, labels)[-1].float()
+        return torch.lerp(eps_guide, eps, guidance_weight(t, scale, power))
 
-    def guided(x: Tensor, t: float) -> Tensor:
-        eps_cond, eps_uncond = nnet(torch.cat([x, x]), network_time(t, x), both)[-1].float().chunk(2)
-        return torch.lerp(eps_uncond, eps_cond, guidance_weight(t, scale, power))
+    def is_guided(t: float) -> bool:
+        if interval is None:
+            return True
+        level = math.exp(-schedule.lambda_(torch.tensor(t, dtype=torch.float64)).item())
+        return interval[0] < level <= interval[1]
 
-    def network_time(t: float, x: Tensor) -> Tensor:
-        # Made on the host in float64 and sent without waiting.
-        return schedule.network_time(torch.tensor([t], dtype=torch.float64)).to(x.device, non_blocking=True)
+    def network_time(t: float, device: torch.device) -> Tensor:
+        # Computed on the host in float64; filled in on the device, which copies nothing and so waits for nothing.
+        value = schedule.network_time(torch.tensor(t, dtype=torch.float64)).item()
+        return torch.full((1,), value, device=device)
 
-    return conditional if scale == 1 else guided
+    return noise_model
 
 
 # --- Euler-Maruyama ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from libs.inception import find_inception
 from libs.latents import LatentStore
 from libs.monitor import peak_flops
 from libs.randomness import SampleNoise
+from libs.sample_set import OUTPUTS
 from libs.solvers import SOLVERS, dpm_solver_fast
+from libs.transfer import to_device
 
 ROOT = Path(__file__).resolve().parent
 
@@ -169,6 +171,37 @@ def load_network_weights(nnet: nn.Module, path: str | Path) -> Path:
     return file
 
 
+def open_weaker_network(
+    config: ml_collections.ConfigDict, device: torch.device
+) -> tuple[DiMR, Path] | tuple[None, None]:
+    """The network of config.sample.autoguidance_path and the file it was read from; (None, None) where that is not set.
+
+    Raises:
+        ValueError, OSError: see `load_network_weights`; also a config that cannot be read, or one whose noise
+            prediction means another thing.
+    """
+    settings = config.sample
+    if not settings.autoguidance_path:
+        return None, None
+    other = config
+    if settings.autoguidance_config:
+        if not Path(settings.autoguidance_config).is_file():
+            raise FileNotFoundError(f"no config at config.sample.autoguidance_config={settings.autoguidance_config}")
+        other = load_config(settings.autoguidance_config)
+        for name, found, expected in (
+            ("schedule", other.schedule, config.schedule),
+            ("z_shape", tuple(other.z_shape), tuple(config.z_shape)),
+            ("dataset.n_classes", other.dataset.n_classes, config.dataset.n_classes),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"the guiding network's {name} must be that of the guided one, {expected}; found {found} in "
+                    f"{settings.autoguidance_config}: set another config.sample.autoguidance_config"
+                )
+    nnet = build_network(other).to(device).eval().requires_grad_(False)
+    return nnet, load_network_weights(nnet, settings.autoguidance_path)
+
+
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 SAMPLERS = (*SOLVERS, "euler_maruyama_sde", "euler_maruyama_ode")
@@ -190,10 +223,17 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
     for name in ("n_samples", "mini_batch_size"):
         if sample[name] < 1:
             raise ValueError(f"config.sample.{name} must be at least 1; found {sample[name]}")
-    sde.check_guidance(sample.scale, sample.scale_pow)
-    if sample.scale > 1 and config.dataset.n_classes == 0:
+    if sample.output not in OUTPUTS:
+        raise ValueError(f"config.sample.output must be one of {', '.join(OUTPUTS)}; found {sample.output!r}")
+    sde.check_guidance(sample.scale, sample.scale_pow, sample.interval)
+    if sample.scale > 1 and config.dataset.n_classes == 0 and not sample.autoguidance_path:
         raise ValueError(
-            "an unconditional model (config.dataset.n_classes 0) cannot be guided: set config.sample.scale=1"
+            "an unconditional model (config.dataset.n_classes 0) can only be guided by a weaker one: set "
+            "config.sample.scale=1 or config.sample.autoguidance_path"
+        )
+    if sample.autoguidance_config and not sample.autoguidance_path:
+        raise ValueError(
+            "config.sample.autoguidance_config is set without config.sample.autoguidance_path, the weights that guide"
         )
 
 
@@ -208,11 +248,6 @@ def check_training(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config.wandb.mode must be disabled, offline or online; found {config.wandb.mode!r}")
 
 
-def balanced_label(index: int, n_samples: int, n_classes: int) -> int:
-    """Label of sample `index` of a class-balanced set: index // (n_samples / n_classes); 0 (null) if unconditional."""
-    return index * n_classes // n_samples
-
-
 def make_sampler(
     config: ml_collections.ConfigDict,
     nnet: nn.Module,
@@ -221,10 +256,12 @@ def make_sampler(
     autoencoder: Autoencoder | None,
     accelerator: accelerate.Accelerator,
     steps: int,
+    weaker: nn.Module | None = None,
 ) -> Callable[[Sequence[int], Sequence[int]], Tensor]:
     """The one way from a network to images: sample(indices, labels) -> uint8 images (B, 3, H, W) on the device.
 
-    Image i depends on (config.seed, i, its label) and, through the arithmetic, on the batch it is made in.
+    Image i depends on (config.seed, i, its label) and, through the arithmetic, on the batch it is made in. A call does
+    not wait for the device. `weaker` guides in place of the unconditional half (see `open_weaker_network`).
     """
     device, settings = accelerator.device, config.sample
 
@@ -235,8 +272,10 @@ def make_sampler(
             raise ValueError(f"labels must be in 0..{null_label} ({null_label}: no class); found {bad[0]}")
         noise = SampleNoise(indices, config.seed, tuple(config.z_shape), device)
         x = noise.draw()
-        y = torch.tensor(labels, device=device)
-        noise_model = sde.guided_noise_model(nnet, schedule, y, null_label, settings.scale, settings.scale_pow)
+        y = to_device(torch.tensor(labels), device)
+        noise_model = sde.guided_noise_model(
+            nnet, schedule, y, null_label, settings.scale, settings.scale_pow, settings.interval, weaker
+        )
         with accelerator.autocast():
             if settings.algorithm == "dpm_solver":
                 x = dpm_solver_fast(noise_model, schedule, x, steps, settings.order)

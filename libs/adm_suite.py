@@ -10,7 +10,6 @@ The way: `open_set` and `open_reference`, `score_sets` by all processes of a run
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +30,7 @@ from libs.metrics import (
     inception_score,
     precision_recall,
 )
+from libs.sample_set import SampleSet
 
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D)
 
@@ -109,45 +108,21 @@ class NpzImages:
         return pictures
 
 
-class PngImages:
-    """The images of PNG files, in the order given, read as they are used; attributes and batches as of `NpzImages`.
+class SampledImages(SampleSet):
+    """The images that eval.py wrote, as tensors; attributes and batches as of `NpzImages`, errors as of `SampleSet`."""
 
-    Raises:
-        OSError: a file that is not there.
-        ValueError: no files, or one that is no 8-bit RGB picture of the size of the first; the message names it.
-    """
-
-    def __init__(self, paths: Sequence[Path], name: str):
-        if not paths:
-            raise ValueError(f"{name}: expected images, found none")
-        self.paths, self.name, self.count = paths, name, len(paths)
-        with Image.open(paths[0], formats=["PNG"]) as image:
-            self.size = (image.height, image.width)
+    @property
+    def name(self) -> str:
+        return str(self.parts[0].folder)
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Images start..stop - 1 (default: all) as uint8 (B, 3, H, W), B at most `batch_size`."""
-        stop = self.count if stop is None else stop
-        with ThreadPoolExecutor(4) as pool:
-            for first in range(start, stop, batch_size):
-                yield torch.stack(list(pool.map(self._read, self.paths[first : min(first + batch_size, stop)])))
+        for images in super().batches(batch_size, start, stop):
+            yield torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def pick(self, indices: Sequence[int]) -> list[Tensor]:
         """The images at `indices`, uint8 (3, H, W)."""
-        return [self._read(self.paths[index]) for index in indices]
-
-    def _read(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path, formats=["PNG"]) as image:
-                mode, pixels = image.mode, np.array(image)
-        except (SyntaxError, ValueError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as PNG ({error}): make it again") from error
-        if mode != "RGB" or pixels.shape[:2] != self.size:
-            height, width = self.size
-            raise ValueError(
-                f"{path} is {mode} of {pixels.shape[1]}x{pixels.shape[0]}: expected RGB of {width}x{height} like "
-                f"{self.paths[0].name}"
-            )
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return [next(self.batches(1, index, index + 1))[0] for index in indices]
 
 
 class KeptFeatures:
@@ -188,7 +163,7 @@ class KeptFeatures:
 
 
 KEPT = ("pool", "logits", "mu", "sigma", "mu_s", "sigma_s", "size", "inception")
-ImageSet = NpzImages | PngImages | KeptFeatures
+ImageSet = NpzImages | SampledImages | KeptFeatures
 
 
 def keep_features(path: str | Path, features: "SetFeatures", size: tuple[int, int], inception: str) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from libs.transfer import to_device
+
 
 def epoch_order(n_records: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits the records: a permutation of 0..n_records-1."""
@@ -31,7 +33,7 @@ class SampleNoise:
     def draw(self) -> Tensor:
         """The next standard normal numbers of every sample: (len(indices), C, H, W) float32."""
         rows = [generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators]
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(np.stack(rows)), self.device)
 
 
 def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:

@@ -32,9 +32,9 @@ from sklearn.neural_network import MLPClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from img2npz import list_images, read_image
 from libs import images as real_images
 from libs.metrics import frechet_distance, gaussian_statistics
+from libs.sample_set import SampleSet
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -84,19 +84,16 @@ def read_real(root):
 
 def read_generated(folder):
     """The folder that eval.py writes -> images (N, 32, 32, 3) uint8 and labels (N,) of class_lab.txt."""
+    images = SampleSet(folder)
     label_file = Path(folder) / "class_lab.txt"
-    paths = list_images(folder)  # by the number of labels
-    lines = label_file.read_text().split()
-    if not all(line.isdecimal() and int(line) < N_CLASSES for line in lines):
+    if max(images.labels) >= N_CLASSES:
         raise ValueError(
             f"{label_file}: expected one label 0..{N_CLASSES - 1} per line: sample the digits with eval.py"
         )
-    images = [read_image(path) for path in paths]
-    for path, image in zip(paths, images, strict=True):
-        if isinstance(image, str) or image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            found = image if isinstance(image, str) else f"is {image.shape[1]}x{image.shape[0]}"
-            raise ValueError(f"{path} {found}: expected an RGB image of {IMAGE_SIZE}x{IMAGE_SIZE}")
-    return np.stack(images), np.array(lines, dtype=int)
+    if images.size != (IMAGE_SIZE, IMAGE_SIZE):
+        found = "x".join(map(str, images.size[::-1]))
+        raise ValueError(f"{images.paths[0]} is {found}: expected an RGB image of {IMAGE_SIZE}x{IMAGE_SIZE}")
+    return np.concatenate(list(images.batches(256))), np.array(images.labels)
 
 
 def evenly(items, n):
@@ -205,7 +202,7 @@ def make_report(args):
     out = Path(args.out)
     grid, curve = out.with_name("samples.png"), out.with_name("loss.png")
     log = Path(args.train_dir) / "metrics.jsonl" if args.train_dir else None
-    outputs, inputs = [out, grid], [*list_images(args.images), Path(args.images) / "class_lab.txt"]
+    outputs, inputs = [out, grid], [*SampleSet(args.images).paths, Path(args.images) / "class_lab.txt"]
     if not inputs[-1].exists():
         raise ValueError(f"no {inputs[-1]}: expected the labels the images were asked to be; eval.py writes them")
     if log:

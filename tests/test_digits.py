@@ -179,7 +179,7 @@ def test_later_losses_of_a_step_count(tmp_path):
     [
         ([0, 1, 2], 32, "3 missing|1 extra"),
         ([0, 1, 2, 10], 32, r"one label 0..9 per line"),
-        (["a", 1, 2, 3], 32, r"one label 0..9 per line"),
+        (["a", 1, 2, 3], 32, r"one label per line, a whole number"),
         ([0, 1, 2, 3], 16, "is 16x16: expected an RGB image of 32x32"),
     ],
 )

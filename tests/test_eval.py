@@ -10,6 +10,7 @@ import eval as evaluation
 import train as training
 import utils
 from libs.checkpoint import load_weights, read_state_dict, released_name
+from libs.sample_set import balanced_label
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_other_samplers_run(tiny_config, weights, tmp_path, algorithm):
 
 
 def test_labels_are_balanced():
-    assert [utils.balanced_label(i, 50_000, 1000) for i in (0, 49, 50, 49_999)] == [0, 0, 1, 999]
+    assert [balanced_label(i, 50_000, 1000) for i in (0, 49, 50, 49_999)] == [0, 0, 1, 999]
 
 
 @pytest.mark.parametrize(
