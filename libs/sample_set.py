@@ -267,9 +267,7 @@ class Part:
             return None
         words = file.read_text().split()
         if not all(word.isdecimal() for word in words):
-            raise ValueError(
-                f"{file}: expected one label per line, a whole number: run eval.py again, which writes it"
-            )
+            raise ValueError(f"{file}: expected one label per line, a whole number: run eval.py again, which writes it")
         return [int(word) for word in words]
 
     def _expected(self, n_samples: int | None, names: set[str]) -> tuple[range, str]:
