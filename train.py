@@ -174,6 +174,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
     torch.manual_seed(config.seed)
     nnet = utils.build_network(config).to(device)
     null_label = nnet.null_label
+    weaker, _ = utils.open_weaker_network(config, device)
     autoencoder = utils.open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
     scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
@@ -212,7 +213,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
     grid_labels = [label for label in range(n_rows) for _ in range(settings.grid_per_class)]
     sampled_network = averages[checkpoint.EMA_FILE].model
     sample = utils.make_sampler(
-        config, sampled_network, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps
+        config, sampled_network, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps, weaker
     )
     flops_per_image = monitor.training_flops_per_image(utils.build_network_on_meta(config), tuple(config.z_shape))
     losses, timer = monitor.LossMeter(len(weights), device), monitor.StepTimer(device)
@@ -292,7 +293,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
 
         if settings.fid_interval and step % settings.fid_interval == 0:
             with sharding.whole(sampled_network):
-                fid = fid_of_samples(config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator)
+                fid = fid_of_samples(
+                    config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator, weaker
+                )
             if fid is not None:
                 run_record.log_to_trackers(accelerator, {"fid": fid}, step)
                 log.write(step, {"fid": fid})
@@ -343,13 +346,14 @@ def describe_run(
     )
 
 
-def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerator) -> float | None:
+def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerator, weaker) -> float | None:
     """FID of config.train.fid_samples images, by the code of eval.py; the images are removed. None but on the main
     process, or where the reference or the Inception weights are missing."""
     config = ml_collections.ConfigDict(config)
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
     scoring = utils.open_scoring(config.fid_stat, required=False)
-    scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring)
+    config.sample.output = "png"
+    scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder)
