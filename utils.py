@@ -17,6 +17,7 @@ import torch
 from absl import app, flags, logging
 from ml_collections import config_flags
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import sde
 from libs.adm_suite import Reference, open_reference
@@ -376,7 +377,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(3)  # if the first process fails alike, the launcher ends this one before it says it again
             sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, not behind a progress bar
+            sys.stderr.flush()
             os._exit(1)  # not sys.exit: other processes may be waiting for this one, which must not wait for them
 
     logging.use_absl_handler()

@@ -142,8 +142,10 @@ def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: 
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
         temporary.rename(folder)
         flush_to_disk(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how safetensors says that the disk is full
+            raise OSError(f"{folder} could not be written: {error}") from error
         raise
 
 
