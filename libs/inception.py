@@ -1,18 +1,17 @@
-"""Features of images: pytorch-fid's port of the 2015-12-05 TensorFlow Inception network.
+"""Features of images as the ADM evaluation suite takes them (openai/guided-diffusion, evaluations/evaluator.py).
 
-Two ways in. `AdmInception` takes images as the ADM evaluation suite does (openai/guided-diffusion,
-evaluations/evaluator.py) and gives all that its scores need; `pool_features` takes them as pytorch-fid does. The
-network is the same; the resizing to 299 x 299 is not, nor are the numbers.
+The network is pytorch-fid's port of the 2015-12-05 TensorFlow Inception; the resizing to 299 x 299 is TensorFlow 1's,
+which pytorch-fid's own is not: its FIDs are other numbers.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from pytorch_fid.inception import InceptionV3, fid_inception_v3
+from pytorch_fid.inception import fid_inception_v3
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -56,9 +55,6 @@ def _read_by_pytorch_fid(path: Path) -> Iterator[None]:
             ) from error
         finally:
             torch.hub.set_dir(cache)
-
-
-# --- As the ADM suite -------------------------------------------------------------------------------------------------
 
 
 class AdmInception(nn.Module):
@@ -126,20 +122,3 @@ def load_adm_inception(path: Path, device: torch.device | str) -> AdmInception:
     with _read_by_pytorch_fid(path):
         inception = fid_inception_v3()
     return AdmInception(inception).to(device)
-
-
-# --- As pytorch-fid ---------------------------------------------------------------------------------------------------
-
-
-def load_inception(path: Path, device: torch.device | str) -> InceptionV3:
-    """pytorch-fid's network with 2048 pool features, in eval mode. Raises ValueError for a file without its weights."""
-    with _read_by_pytorch_fid(path):
-        network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[POOL]])
-    return network.eval().to(device)
-
-
-@torch.no_grad()
-def pool_features(network: InceptionV3, batches: Iterable[Tensor], device: torch.device | str) -> np.ndarray:
-    """2048-d features of uint8 image batches (B, 3, H, W) as pytorch-fid computes them: (N, 2048) float32."""
-    features = [network(batch.to(device).float() / 255)[0].flatten(1).cpu() for batch in batches]
-    return torch.cat(features).numpy()

@@ -1,17 +1,17 @@
-"""Reference statistics for FID: the mean and covariance of Inception features of a set of images.
+"""Reference statistics for FID and sFID: mean and covariance of Inception features of a set of images.
 
     python scripts/compute_fid_stats.py --images ~/imagenet/val --resolution 256 --out assets/fid_stats/imagenet256.npz
     python scripts/compute_fid_stats.py --images VIRTUAL_imagenet256_labeled.npz --out assets/fid_stats/adm256.npz
 
 `--images` is a folder (one folder per class, or images alone; cropped as for training) or an .npz with images as uint8
-`arr_0` (N, H, W, 3). The output holds `mu` (2048,) and `sigma` (2048, 2048) as pytorch-fid and U-ViT read them, from
-pytorch-fid's network. Memory: 16 KB per image.
+`arr_0` (N, H, W, 3). The output holds `mu` (2048,), `sigma` (2048, 2048), `mu_s` (2023,) and `sigma_s` (2023, 2023), as
+ADM's references do (pytorch-fid and U-ViT read the first two), of images resized as ADM's suite does. Memory does not
+grow with the number of images.
 """
 
 import argparse
 import os
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from libs.adm_suite import NpzImages
 from libs.images import ImageBatches, ImageTree, batch_ranges
-from libs.inception import find_inception, load_inception, pool_features
-from libs.latents import read_npy_header, replacing
-from libs.metrics import gaussian_statistics
+from libs.inception import find_inception, load_adm_inception
+from libs.latents import replacing
+from libs.metrics import GaussianStatistics
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -56,34 +57,11 @@ def folder_batches(folder, resolution, batch_size, workers):
     return len(tree), batches()
 
 
-def npz_batches(file, batch_size):
-    """The same of an .npz, read from the archive as it is used."""
-    try:
-        with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as member:
-            shape, dtype = read_npy_header(member, file)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} should be an .npz with images as arr_0: {error}") from error
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-        raise ValueError(f"{file}: arr_0 should be uint8 (N, H, W, 3), found {dtype} {shape}")
-
-    def batches():
-        with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as member:
-            read_npy_header(member, file)
-            for start, stop in batch_ranges(0, shape[0], batch_size):
-                data = member.read((stop - start) * int(np.prod(shape[1:])))
-                try:
-                    images = np.frombuffer(bytearray(data), np.uint8).reshape(stop - start, *shape[1:])
-                except ValueError as error:
-                    raise ValueError(f"{file} is truncated: image {stop - 1} of {shape[0]} is missing") from error
-                yield torch.from_numpy(images).permute(0, 3, 1, 2)
-
-    return shape[0], batches()
-
-
 def compute(args) -> None:
     """Write the statistics of `args.images` to `args.out`. Raises ValueError, OSError."""
     if args.images.endswith(".npz"):
-        n_images, batches = npz_batches(args.images, args.batch_size)
+        images = NpzImages(args.images)
+        n_images, batches = images.count, images.batches(args.batch_size)
     elif args.resolution:
         n_images, batches = folder_batches(args.images, args.resolution, args.batch_size, args.workers)
     else:
@@ -91,12 +69,16 @@ def compute(args) -> None:
     if n_images < 2:
         raise ValueError(f"{args.images} holds {n_images} image: a covariance needs two or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = load_inception(find_inception(ASSETS), device)
-    batches = tqdm(batches, total=-(-n_images // args.batch_size), unit=" batches")
-    mu, sigma = gaussian_statistics(pool_features(network, batches, device))
+    network = load_adm_inception(find_inception(ASSETS), device)
+    pool, spatial = GaussianStatistics(), GaussianStatistics()
+    for batch in tqdm(batches, total=-(-n_images // args.batch_size), unit="batch"):
+        pool_features, spatial_features, _ = network(batch.to(device))
+        pool.update(pool_features, f"features of {args.images}")
+        spatial.update(spatial_features, f"features of {args.images}")
+    (mu, sigma), (mu_s, sigma_s) = pool.mean_and_covariance(), spatial.mean_and_covariance()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.out) as file:
-        np.savez(file, mu=mu, sigma=sigma)
+        np.savez(file, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     print(f"{args.out}: statistics of {n_images} images")
 
 

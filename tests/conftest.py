@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import utils
+from libs.inception import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,3 +104,31 @@ def overrides(config) -> list[str]:
     for section in ("train", "sample"):
         flags += [f"--config.{section}.{name}={value}" for name, value in config[section].items() if value is not None]
     return [*flags, f"--config.lr_scheduler.warmup_steps={config.lr_scheduler.warmup_steps}"]
+
+
+@pytest.fixture(scope="session")
+def inception_assets(tmp_path_factory) -> Path:
+    """An assets folder with pytorch-fid's Inception file, its weights random.
+
+    They are Kaiming's, as default ones make all features alike; with a bias that would show.
+    """
+    import pytorch_fid.inception
+    import torchvision
+
+    with (
+        patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *args, **kwargs: {}),
+        patch.object(torchvision.models.Inception3, "load_state_dict", lambda network, state: None),
+    ):
+        network = pytorch_fid.inception.fid_inception_v3()
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    torch.nn.init.normal_(network.fc.weight, std=0.2)
+    torch.nn.init.normal_(network.fc.bias)
+    folder = tmp_path_factory.mktemp("assets")
+    (folder / "inception").mkdir()
+    torch.save(network.state_dict(), folder / "inception" / WEIGHTS)
+    return folder

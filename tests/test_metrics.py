@@ -1,5 +1,8 @@
+import types
+
 import numpy as np
 import pytest
+import pytorch_fid.fid_score
 import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -34,13 +37,27 @@ def test_statistics_are_numpys(rng, small_tiles):
     np.testing.assert_allclose(sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-10)
 
 
-def test_frechet_distance_of_commuting_gaussians_is_the_closed_form(rng):
+@pytest.mark.parametrize("seed", range(10))
+def test_frechet_distance_of_commuting_gaussians_is_the_closed_form(seed):
+    rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(20, 20)))[0]
     std1, std2 = rng.uniform(0, 3, size=(2, 20))
     mu1, mu2 = rng.normal(size=(2, 20))
     expected = ((mu1 - mu2) ** 2).sum() + ((std1 - std2) ** 2).sum()
     found = frechet_distance(mu1, (basis * std1**2) @ basis.T, mu2, (basis * std2**2) @ basis.T)
     assert found == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_frechet_distance_is_pytorch_fids(seed, monkeypatch):
+    """It calls SciPy's sqrtm with `disp`, which SciPy 1.18 no longer takes: given here by a function that does."""
+    take_disp = types.SimpleNamespace(sqrtm=lambda a, disp: (scipy.linalg.sqrtm(a), None))
+    monkeypatch.setattr(pytorch_fid.fid_score, "linalg", take_disp)
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(200, 40)) @ rng.normal(size=(40, 40)), 1.1 * rng.normal(size=(150, 40)) + 0.2
+    statistics = (*gaussian_statistics(x), *gaussian_statistics(y))
+    expected = pytorch_fid.fid_score.calculate_frechet_distance(*statistics)
+    assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(10))
