@@ -1,19 +1,20 @@
 """Score a set of images as the ADM evaluation suite does: FID, sFID, Inception Score, precision, recall.
 
-    python scripts/evaluate_npz.py VIRTUAL_imagenet256_labeled.npz saved_images.npz --out report --made_by saved_images
+    python scripts/evaluate_npz.py VIRTUAL_imagenet256_labeled.npz saved_images.npz
+    python scripts/evaluate_npz.py VIRTUAL_imagenet256_labeled.npz saved_images --out saved_images_report
     torchrun --nproc_per_node 8 scripts/evaluate_npz.py REF SAMPLES        # the same numbers from 8 GPUs
 
 SAMPLES is an .npz with images as uint8 `arr_0` (N, H, W, 3), as img2npz.py writes it, or several that are parts of one
-set, in order. REF is ADM's reference .npz (images and/or mu, sigma, mu_s, sigma_s) or U-ViT's (mu, sigma); what it does
-not allow is left out and said. --keep writes the samples' features (12 KB per image), which then stand for the images,
-as SAMPLES, as a part of them or as REF: parts scored on different machines are merged without their images.
+set, in order; or the folder that eval.py wrote (several: parts of one set), of which the report also says how its
+images were made. REF is ADM's reference .npz (images and/or mu, sigma, mu_s, sigma_s) or U-ViT's (mu, sigma); what it
+does not allow is left out and said. --keep writes the samples' features (12 KB per image), which then stand for the
+images, as SAMPLES, as a part of them or as REF: parts scored on different machines are merged without their images.
 
 Images are streamed; what is kept of 50,000 of them, and the distances between them, need about 3 GB. Runs on GPUs or
 the CPU.
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.adm_suite import check_sets, keep_features, open_reference, open_set, score_sets
+from libs.adm_suite import ImageSet, SampledImages, check_sets, keep_features, open_reference, open_set, score_sets
 from libs.inception import find_inception
 from libs.report import NAMES, usual_mistakes, write_report
 
@@ -33,35 +34,32 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", metavar="REF", help=".npz with images, statistics or kept features")
-    parser.add_argument("samples", metavar="SAMPLES", nargs="+", help=".npz with images or kept features")
+    parser.add_argument(
+        "samples", metavar="SAMPLES", nargs="+", help=".npz with images or kept features; folder of eval.py"
+    )
     parser.add_argument("--out", help="folder for the report: metrics.json, report.md, samples.png")
     parser.add_argument("--keep", help=".npz to write: the samples' features")
-    parser.add_argument("--made_by", help="folder of eval.py: its settings and labels go into the report")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time per process")
     return parser.parse_args(argv)
 
 
-def read_made_by(folder: str | None) -> tuple[dict, list[int] | None]:
-    """The settings and labels that eval.py left in `folder`; ({}, None) where there is none."""
-    if not folder:
-        return {}, None
-    try:
-        settings = json.loads((Path(folder) / "sampling.json").read_text())
-        return settings, [int(label) for label in (Path(folder) / "class_lab.txt").read_text().split()]
-    except ValueError as error:
-        raise ValueError(f"--made_by {folder}: sampling.json or class_lab.txt cannot be read ({error})") from error
+def open_samples(paths: list[str]) -> list[ImageSet]:
+    """The parts of the set in these files, or the one set in these folders."""
+    folders = [path for path in paths if Path(path).is_dir()]
+    if folders and len(folders) < len(paths):
+        raise ValueError(f"SAMPLES are folders ({folders[0]}, ...) and files: give either")
+    return [SampledImages(*folders)] if folders else [open_set(path) for path in paths]
 
 
 def evaluate(args) -> None:
     """Print the scores of `args.samples` and write what was asked for. Raises ValueError, OSError."""
     if args.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1; found {args.batch_size}")
-    samples, reference = [open_set(path) for path in args.samples], open_reference(args.reference)
+    samples, reference = open_samples(args.samples), open_reference(args.reference)
     check_sets(samples, reference)
     n_images = sum(part.count for part in samples)
-    sampling, labels = read_made_by(args.made_by)
-    if labels is not None and len(labels) != n_images:
-        raise ValueError(f"--made_by {args.made_by} has {len(labels)} labels, but there are {n_images} images")
+    made = samples[0] if isinstance(samples[0], SampledImages) else None
+    sampling, labels = (made.settings, made.labels) if made else ({}, None)
     weights = find_inception(ASSETS)
     if args.keep and not Path(args.keep).resolve().parent.is_dir():
         raise ValueError(f"no folder {Path(args.keep).parent} for --keep: make it first")
