@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -378,7 +379,7 @@ class Faults:
         began = run.wait_for(0, process)
         process.wait(300)
         log = run.log.read_text()
-        message = next((line for line in log.splitlines() if line.startswith("error: ")), log)
+        message = next((line for line in log.splitlines() if line.startswith("error: ")), "no error")
         expect(process.returncode == 1 and "5 updates in a row up to step 25" in message, log)
         expect("Traceback" not in log, log)
         newest = run.whole_checkpoints()[-1]
@@ -395,7 +396,7 @@ class Faults:
     def signals(self):
         for number in (signal.SIGTERM, signal.SIGUSR1):
             run, ended, steps = self.run(f"signal-{number}"), [], []
-            for target in sorted(self.rng.sample(range(3, N_STEPS - 6), 3)):
+            for target in sorted(self.rng.sample(range(3, N_STEPS - 6), 2)):
                 process = run.start(f"--config.train.save_interval={10 * N_STEPS}")
                 run.wait_for(target, process)
                 time.sleep(self.rng.random() * 0.02)
@@ -408,7 +409,7 @@ class Faults:
             run.finish()
             expect_same(run, self.straight())
             yield (
-                f"{signal.Signals(number).name}, three times (at steps {steps[0]}, {steps[1]} and {steps[2]})",
+                f"{signal.Signals(number).name}, twice (at steps {steps[0]} and {steps[1]})",
                 "a checkpoint at that step, the file `requeue`, status 75",
                 f"resumed each time, step {N_STEPS} identical to an uninterrupted run's",
                 f"{seconds(ended)} from the signal to the end",
@@ -446,7 +447,7 @@ class Faults:
         """SIGKILL to one of two processes; the other must say so and end."""
         for lost in (1, 0):
             run, ended = self.run(f"rank-{lost}"), []
-            for target in sorted(self.rng.sample(range(3, N_STEPS - 6), 3)):
+            for target in sorted(self.rng.sample(range(3, N_STEPS - 6), 2)):
                 processes = run.start_pair()
                 run.wait_for(target, processes[0])
                 time.sleep(self.rng.random() * 0.03)
@@ -463,7 +464,7 @@ class Faults:
             left = run.whole_checkpoints()[-1]
             self.finish_pair(run)
             yield (
-                f"process {lost} of two killed, three times",
+                f"process {lost} of two killed, twice",
                 "the other ends with status 1 and one line: “error: another process of this run is gone; run the "
                 "command again to go on …”",
                 f"the newest checkpoint before (the last time: {left}); resumed each time, step {N_STEPS} identical to "
@@ -560,10 +561,10 @@ def main():
             for row in getattr(faults, name)():
                 print("  " + " | ".join(row), flush=True)
                 rows.append(row)
-        except Surprise as surprise:
+        except Exception as error:  # of whatever kind: the other faults still have their turn
             failed = True
-            print(f"FAILED: {name}: {surprise}", flush=True)
-            rows.append((name, f"**otherwise than it should**: {str(surprise).splitlines()[0]}", "", ""))
+            traceback.print_exc()
+            rows.append((name, f"**otherwise than it should**: {str(error).splitlines()[0]}", "", ""))
     lines = [
         "# Faults, injected",
         "",

@@ -81,6 +81,10 @@ def tiny_latents(tmp_path_factory, tiny_autoencoder, tiny_images) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_autoencoder, tiny_latents):
+    return make_tiny_config(tiny_autoencoder, tiny_latents)
+
+
+def make_tiny_config(tiny_autoencoder: Path, tiny_latents: Path):
     """The digits config on the tiny store, a few steps long."""
     config = load_config("digits")
     config.dataset.path = str(tiny_latents)

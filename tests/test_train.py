@@ -66,14 +66,6 @@ def test_damaged_checkpoint_is_passed_over(tiny_config, straight, tmp_path):
     assert losses(tmp_path) == losses(straight)
 
 
-@pytest.mark.parametrize("processes,accumulation", [(2, 1), (2, 3), (1, 4)])
-def test_division_of_the_batch_changes_nothing(tiny_config, straight, tmp_path, processes, accumulation):
-    tiny_config.train.accumulation = accumulation
-    done = run("train.py", *overrides(tiny_config), f"--workdir={tmp_path}", processes=processes)
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(losses(tmp_path), losses(straight), rtol=2e-5)
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_and_wandb_offline(tiny_config, tmp_path, precision):
     flags = [*overrides(tiny_config), "--config.wandb.mode=offline", "--config.train.n_steps=3"]
