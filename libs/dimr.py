@@ -8,6 +8,7 @@ Axes: B batch, C image channels, H W pixels or latent cells, h w cells of a bran
 R number of resolutions.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -17,10 +18,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from libs.norms import NORMS, TDLayerNorm
 
 BLOCK_TYPES = ("TransformerBlock", "ConvNeXtBlock")
+
+# What costs most of a block's time and little of its memory: kept by a `keep_products` recomputation.
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
 @dataclass(frozen=True)
@@ -170,6 +183,7 @@ class Stage(nn.Module):
         super().__init__()
         self.spec = spec
         self.keep_features = keep_features
+        self.recompute_every, self.recompute_context = 0, {}
         transformer = spec.block_type == "TransformerBlock"
         block = TransformerBlock if transformer else ConvNeXtBlock
         self.patch_embed = nn.Conv2d(channels, spec.dim, spec.patch_size, stride=spec.patch_size)
@@ -205,10 +219,10 @@ class Stage(nn.Module):
 
         collected, skips = [z], []
         half = len(self.blocks) // 2
-        for i, block in enumerate(self.blocks):
+        for i in range(len(self.blocks)):
             if i > half:
                 z = self.skips[i - half - 1](torch.cat([z, skips.pop()], dim=-1))
-            z = block(z, t)
+            z = self.apply_block(i, z, t)
             if i < half:
                 skips.append(z)
             if self.keep_features:
@@ -216,6 +230,12 @@ class Stage(nn.Module):
 
         features = torch.cat(collected, dim=-1) if self.keep_features else None  # ... (n+1)D
         return self.head(self.to_grid(z, h, w), t), self.to_grid(features, h, w)
+
+    def apply_block(self, i: int, z: Tensor, t: Tensor) -> Tensor:
+        """Block i; in training, without keeping its activations where `DiMR.recompute` says so."""
+        if self.training and self.recompute_every and i % self.recompute_every == 0:
+            return checkpoint(self.blocks[i], z, t, use_reentrant=False, **self.recompute_context)
+        return self.blocks[i](z, t)
 
     def to_grid(self, z: Tensor | None, h: int, w: int) -> Tensor | None:
         """Tokens without the class token, as a grid: (B, 1+hw, D) -> (B, h, w, D); a grid stays as it is."""
@@ -280,6 +300,21 @@ class DiMR(nn.Module):
             output, features = stage(x, t, y, features)
             outputs.append(output)
         return tuple(outputs)
+
+    def recompute(self, every: int, keep_products: bool = False) -> None:
+        """In training, compute blocks again in the backward pass in place of keeping their activations.
+
+        The same numbers in less memory and more time (Chen et al., arXiv 1604.06174).
+
+        Args:
+            every: each `every`-th block of a branch, from its first; 1: all of them, 0: none.
+            keep_products: keep the results of matrix products, convolutions and attention of those blocks, and compute
+                the rest (norms, activations, gates) again.
+        """
+        contexts = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
+        for stage in self.stages:
+            stage.recompute_every = every
+            stage.recompute_context = {"context_fn": contexts} if keep_products else {}
 
     def check_input(self, x: Tensor) -> None:
         _, channels, height, width = x.shape
