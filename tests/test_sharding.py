@@ -1,0 +1,306 @@
+"""Sharded training: the losses of DDP, the files of one process, and nobody left waiting.
+
+As a program under a launcher (`tests/test_sharding.py WHAT ...`) this file is what each process of a test does.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, load_config, overrides
+from test_train import assert_same_checkpoint, losses
+
+import train as training
+from libs import checkpoint, sharding
+from libs.ema import EMA
+from libs.optim import clip_or_skip, make_adamw
+
+SHARDED = "--config.train.sharded=True"
+
+
+def column(workdir, name) -> list[float]:
+    return [json.loads(line)[name] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_ranks(*command, processes=2, **env) -> list[subprocess.Popen]:
+    """Processes of a run without a launcher between: a test can stop one of them, and nothing else has to start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def join(ranks, expected=0) -> list[str]:
+    """Wait for the processes of a run to end, all with one status; returns what each said."""
+    try:
+        said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [expected] * len(ranks), said
+    return said
+
+
+def run_ranks(*command, **kwargs) -> str:
+    """A program in several processes to its good end; returns what the main one said."""
+    return join(start_ranks(*command, **kwargs))[0]
+
+
+def wait_for_step(workdir, step):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (workdir / "metrics.jsonl").exists() and len(losses(workdir)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("training did not get going")
+
+
+def resume_point(workdir, other, step):
+    """A work folder as it was after `step` updates."""
+    other.mkdir()
+    shutil.copytree(workdir / "ckpts" / f"{step}.ckpt", other / "ckpts" / f"{step}.ckpt")
+    shutil.copy(workdir / "metrics.jsonl", other)
+    return other
+
+
+@pytest.fixture
+def config(tiny_config):
+    """12 updates of 2 passes, clipped (so that a norm of only one's own piece would show), saved half-way."""
+    tiny_config.train.update(n_steps=12, save_interval=6, eval_interval=8, accumulation=2, grad_clip=0.05)
+    return tiny_config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Work folders of the straight runs, made by the first test."""
+    return tmp_path_factory.mktemp("ddp"), tmp_path_factory.mktemp("sharded")
+
+
+def test_losses_are_ddps(config, runs):
+    said = []
+    for workdir, flags in zip(runs, ([], [SHARDED]), strict=True):
+        errors = run_ranks("train.py", *overrides(config), *flags, f"--workdir={workdir}")
+        said.append(next(line for line in errors.splitlines() if "MB of weights" in line))
+        assert (workdir / "samples" / "8.png").exists()
+    ddp, sharded = runs
+    np.testing.assert_allclose(losses(sharded), losses(ddp), rtol=2e-5)
+    np.testing.assert_allclose(column(sharded, "grad_norm"), column(ddp, "grad_norm"), rtol=1e-4)
+    assert min(column(ddp, "grad_norm")) > config.train.grad_clip  # clipping was at work
+    whole, half = (float(line.split(" MB")[0].split()[-1]) for line in said)
+    assert half == pytest.approx(whole / 2, rel=0.02)
+    assert said[0].endswith("whole") and said[1].endswith("sharded")
+
+
+def test_files_are_those_of_one_process(config, runs):
+    (_, one), (_, other) = (checkpoint.read_checkpoint(workdir / "ckpts" / "12.ckpt") for workdir in runs)
+    assert one.keys() == other.keys()
+    for file, named in one.items():
+        assert {n: (t.shape, t.dtype) for n, t in named.items()} == {
+            n: (t.shape, t.dtype) for n, t in other[file].items()
+        }
+    # Into the objects of a single process and out again, nothing changes.
+    nnet = training.utils.build_network(config)
+    averages = training.make_averages(nnet, config)
+    optimizer = make_adamw(nnet, 1e-3, (0.9, 0.99), 0.03)
+    workdir = runs[1]
+    assert training.resume(workdir / "ckpts", config, nnet, averages, optimizer, None) == 12
+    assert_same_tensors(training.gather_state(nnet, averages, optimizer, main=True), other)
+
+
+def assert_same_tensors(one, other):
+    assert one.keys() == other.keys()
+    for file, named in one.items():
+        assert named.keys() == other[file].keys()
+        for name, tensor in named.items():
+            assert torch.equal(tensor, other[file][name]), (file, name)
+
+
+def test_one_process_goes_on_from_a_sharded_checkpoint(config, runs, tmp_path):
+    workdir = resume_point(runs[1], tmp_path / "plain", 6)
+    training.train(config, workdir)
+    np.testing.assert_allclose(losses(workdir), losses(runs[1]), rtol=2e-5)
+
+
+def test_killed_it_goes_on_exactly(config, runs, tmp_path):
+    config.train.save_interval = 1
+    ranks = start_ranks("train.py", *overrides(config), SHARDED, f"--workdir={tmp_path}")
+    wait_for_step(tmp_path, 5)
+    for rank in ranks:
+        rank.kill()
+    join(ranks, expected=-signal.SIGKILL)
+    assert len(losses(tmp_path)) < 12, "it ended before it was killed"
+    assert "going on from" in run_ranks("train.py", *overrides(config), SHARDED, f"--workdir={tmp_path}")
+    assert losses(tmp_path) == losses(runs[1])
+    assert_same_checkpoint(tmp_path / "ckpts" / "12.ckpt", runs[1] / "ckpts" / "12.ckpt")
+
+
+def test_sharded_goes_on_from_a_whole_checkpoint_whatever_comes(config, runs, tmp_path):
+    """The losses of the run that wrote it; then a checkpoint cannot be written, and another process than the main one
+    is asked to stop: nobody is left waiting."""
+    workdir = resume_point(runs[0], tmp_path / "run", 6)
+    config.train.update(n_steps=5000, save_interval=4, eval_interval=10_000)
+    ranks = start_ranks(__file__, "full_disk", *overrides(config), SHARDED, f"--workdir={workdir}")
+    wait_for_step(workdir, 13)
+    ranks[1].send_signal(signal.SIGTERM)
+    errors = join(ranks, expected=75)
+    np.testing.assert_allclose(losses(workdir)[:12], losses(runs[0]), rtol=2e-5)
+    assert "8.ckpt is lost, training goes on" in errors[0]
+    step = int((workdir / "requeue").read_text())
+    folders = checkpoint.checkpoint_folders(workdir / "ckpts")
+    assert folders[0].name == f"{step}.ckpt" and "8.ckpt" not in [folder.name for folder in folders]
+    checkpoint.read_checkpoint(folders[0])
+
+
+def test_pieces(runs):
+    """What `pieces` below asserts in each of three processes, where most tensors do not divide."""
+    run_ranks(__file__, "pieces", runs[0] / "ckpts" / "12.ckpt", processes=3)
+
+
+def test_settings_that_cannot_work(config, tmp_path, monkeypatch):
+    config.train.sharded = True
+    with pytest.raises(ValueError, match=r"config.train.sharded .* found 1: start more"):
+        training.train(config, tmp_path / "run")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"started with its own FSDP .* set --config.train.sharded=True"):
+        training.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_losses_are_ddps_on_gpus_in_bf16(config, tmp_path):
+    for name, flags in (("ddp", []), ("sharded", [SHARDED])):
+        command = ["train.py", *overrides(config), *flags, f"--workdir={tmp_path / name}"]
+        run_ranks(*command, ACCELERATE_MIXED_PRECISION="bf16")
+    np.testing.assert_allclose(losses(tmp_path / "sharded"), losses(tmp_path / "ddp"), rtol=1e-3)
+    training.train(config, resume_point(tmp_path / "sharded", tmp_path / "plain", 6))
+    np.testing.assert_allclose(losses(tmp_path / "plain"), losses(tmp_path / "ddp"), rtol=1e-2)
+
+
+# --- What the processes do --------------------------------------------------------------------------------------------
+
+
+def full_disk():
+    save_file, calls = checkpoint.save_file, []
+
+    def full_at_first(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        save_file(tensors, path)
+
+    checkpoint.save_file = full_at_first
+    training.utils.define_config_flag("")
+    training.flags.DEFINE_string("workdir", None, "")
+    training.utils.run(training.main)
+
+
+def pieces(folder):
+    """Against the same network whole: weights read and written, gradients, their norm, updates, averages, fp16."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = load_config("digits")
+    config.dataset.n_classes = 3
+    for stage in config.nnet.stages:
+        stage.dim, stage.depth = 16, 3
+    _, tensors = checkpoint.read_checkpoint(training.Path(folder))
+
+    def build(sharded):
+        torch.manual_seed(0)
+        nnet = training.utils.build_network(config)
+        average = EMA(nnet, 0.5)
+        if sharded:
+            sharding.shard(nnet, [average.model], torch.device("cpu"))
+        optimizer = make_adamw(nnet, 1e-3, (0.9, 0.99), 0.03)
+        checkpoint.load_weights(nnet, tensors[checkpoint.WEIGHTS_FILE], "")
+        checkpoint.load_weights(average.model, tensors[checkpoint.EMA_FILE], "")
+        checkpoint.load_optimizer_tensors(optimizer, nnet, tensors[checkpoint.OPTIMIZER_FILE])
+        return nnet, average, optimizer
+
+    (plain, plain_average, plain_optimizer), (nnet, average, optimizer) = build(False), build(True)
+
+    # Pieces of weights, averages and moments; an axis that does not divide leaves the last processes less.
+    for part in (nnet.parameters(), average.model.parameters()):
+        here = sum(sharding.local(p).numel() for p in part)
+        total = sum(p.numel() for p in plain.parameters())
+        assert here == pytest.approx(total / size, rel=0.3)
+    moments = [s["exp_avg"] for s in optimizer.state.values()]
+    assert sharding.local_bytes(moments) < sharding.local_bytes(plain.parameters()) * 0.67
+
+    # To the bit what was read, and on the main process only.
+    state = training.gather_state(nnet, {checkpoint.EMA_FILE: average}, optimizer, main=rank == 0)
+    if rank == 0:
+        assert_same_tensors(state, tensors)
+    assert rank == 0 or state == {file: {} for file in tensors}
+
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(6, 4, 8, 8, generator=generator), torch.rand(6, generator=generator) * 1000
+    y, own = torch.arange(6) % 4, slice(rank * 6 // size, (rank + 1) * 6 // size)
+
+    # Whole for as long as it is needed, and only then; processes need not keep step within.
+    with sharding.whole(average.model), torch.no_grad():
+        for _ in range(rank):
+            outputs = average.model(x, t, y)
+            assert torch.equal(outputs[-1], plain_average.model(x, t, y)[-1])
+    assert all(isinstance(p, sharding.DTensor) for p in average.model.parameters())
+
+    # Updates as of the whole batch in one process, in float32 and bf16, clipped.
+    for step, bf16 in enumerate((False, False, True)):
+        for network, rows in ((plain, slice(None)), (nnet, own)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                outputs = network(x[rows], t[rows], y[rows])
+            sum(output.float().square().mean() for output in outputs).backward()
+        norms = [clip_or_skip(o, 0.01, torch.zeros(2)) for o in (plain_optimizer, optimizer)]
+        torch.testing.assert_close(norms[1], norms[0], rtol=1e-2 if bf16 else 1e-5, atol=0)
+        for each in (plain_optimizer, optimizer):
+            each.step()
+            each.zero_grad()
+        for each in (plain_average, average):
+            each.update(step + 1)
+        if not bf16:
+            for one, other in ((nnet, plain), (average.model, plain_average.model)):
+                for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+                    torch.testing.assert_close(sharding.full(p.detach()), q.detach(), rtol=1e-4, atol=1e-5, msg=name)
+
+    # A gradient that overflows in one process only is nobody's update, and the loss scale falls everywhere.
+    before = [sharding.local(p.detach()).clone() for p in nnet.parameters()]
+    scaler, skipped = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.zeros(2)
+    for overflow in (True, False):
+        loss = sum(output.square().mean() for output in nnet(x[own], t[own], y[own]))
+        scaler.scale(loss * (float("inf") if overflow and rank == 1 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        clip_or_skip(optimizer, 0.0, skipped)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        same = all(torch.equal(sharding.local(p.detach()), q) for p, q in zip(nnet.parameters(), before, strict=True))
+        assert same == overflow and scaler.get_scale() == 512.0
+    assert skipped.tolist() == [0.0, 1.0]
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    what = {"full_disk": full_disk, "pieces": pieces}[sys.argv.pop(1)]
+    what(*(sys.argv[1:] if what is pieces else ()))
