@@ -101,14 +101,15 @@ def evenly(items, n):
     return items[np.linspace(0, len(items) - 1, n).round().astype(int)]
 
 
-def score(images, labels, real, held_out):
+def score(images, labels, real, held_out, judge=None):
     """The report's scores, without times.
 
     Args:
         images, labels: generated, (N, 32, 32, 3) uint8 and (N,).
         real, held_out: the same pair of training digits and of digits held out from all training.
+        judge: fitted to `real`; None: to be fitted.
     """
-    judge = Judge(*real)
+    judge = judge or Judge(*real)
     n = min(len(images), len(held_out[0]))
     noise = np.random.default_rng(0).integers(0, 256, (n, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     statistics = judge.statistics(real[0])

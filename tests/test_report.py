@@ -1,0 +1,244 @@
+"""The report of a scored set, from the command that samples; and the sweep over guidance."""
+
+import csv
+import json
+import re
+
+import ml_collections
+import numpy as np
+import pytest
+import torch
+from conftest import load_config
+
+import eval as evaluation
+import train as training
+import utils
+from img2npz import img2npz
+from libs import adm_suite
+from libs.adm_suite import NpzImages, Reference, Scores, open_reference
+from libs.checkpoint import file_digest
+from libs.report import PUBLISHED, nearest_published, pick, published_for, usual_mistakes, write_report
+from scripts import evaluate_npz, sweep_guidance
+from scripts.sweep_guidance import Setting, settings_of
+
+
+@pytest.fixture
+def reference(tmp_path):
+    """A reference under ADM's name that says it has statistics; its images 256x256 in name only."""
+    return Reference(tmp_path / "VIRTUAL_imagenet256_labeled.npz", {"fid": None, "sfid": None}, None)
+
+
+def good_sampling(**changes):
+    settings = {"config": "DiMR-XL-2R_imagenet256", "weights": "a/500000.ckpt/nnet_ema.safetensors", "scale": 1.4}
+    return {**settings, "n_samples": 50_000, "n_classes": 1000, **changes}
+
+
+def test_a_set_as_published_has_no_warnings(reference):
+    labels = [i // 50 for i in range(50_000)]
+    assert usual_mistakes(50_000, (256, 256), reference, good_sampling(), labels) == []
+    released = good_sampling(weights="DiMR-XL_2R_800epochs.pth")
+    assert usual_mistakes(50_000, (256, 256), reference, released, None) == []
+
+
+@pytest.mark.parametrize(
+    ("n_images", "size", "changes", "labels", "name", "message"),
+    [
+        (9_999, 256, {"n_samples": 9_999}, None, None, "9999 images: published scores are of 50000"),
+        (50_000, 256, {"n_samples": 60_000}, None, None, "50000 images of a set of 60000"),
+        (50_000, 256, {"weights": "a/5.ckpt/nnet.safetensors"}, None, None, r"not an average \(EMA\)"),
+        (50_000, 256, {"weights": "nnet.pth"}, None, None, r"not an average \(EMA\)"),
+        (50_000, 256, {}, [0] * 50_000, None, "unbalanced labels, 0 to 50000 images per class"),
+        (50_000, 256, {}, [*(i // 50 for i in range(49_998)), 0, 0], None, "unbalanced labels, 48 to 52 images"),
+        (50_000, 256, {"scale": 1.0}, None, None, "no guidance"),
+        (50_000, 256, {}, None, "mine.npz", "another reference, mine.npz: .* VIRTUAL_imagenet256_labeled.npz"),
+        (50_000, 512, {}, None, None, "another reference, .*: .* VIRTUAL_imagenet512.npz"),
+        (50_000, 32, {}, None, None, "another reference, .*: .* for another image size"),
+    ],
+)
+def test_each_usual_mistake_is_warned_of(reference, n_images, size, changes, labels, name, message):
+    path = reference.path.with_name(name) if name else reference.path
+    reference = Reference(path, reference.statistics, None)
+    found = usual_mistakes(n_images, (size, size), reference, good_sampling(**changes), labels)
+    assert len(found) == 1
+    assert re.search(message, found[0])
+
+
+def test_statistics_of_few_images_are_warned_of(tmp_path, reference):
+    np.savez(tmp_path / "few.npz", np.zeros((9, 256, 256, 3), np.uint8))
+    reference = Reference(reference.path, {}, NpzImages(tmp_path / "few.npz"))
+    (found,) = usual_mistakes(50_000, (256, 256), reference, good_sampling(), None)
+    assert "statistics are of 9 images only" in found
+
+
+def test_published_results_are_those_of_the_readme():
+    """Table of the README: config, FID, guided FID and IS."""
+    by_config = {}
+    for result in PUBLISHED:
+        by_config.setdefault(result.config, []).append((result.fid, result.inception_score))
+    rows = [line.split("|") for line in (utils.ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    name = None
+    n_rows = 0
+    for row in rows:
+        if len(row) == 10 and "iterations" not in row[3]:
+            name = row[2].split("]")[0].strip(" [") if "[" in row[2] else name
+            fid, guided, score = (cell.strip().split(" ")[0] for cell in row[6:9])
+            assert (float(fid), float(score) if not guided else None) in by_config[name]
+            assert not guided or (float(guided), float(score)) in by_config[name]
+            n_rows += 1
+    assert n_rows == 6
+    for name in filter(None, by_config):
+        load_config(name)  # there is such a config
+
+
+def test_nearest_published_are_of_the_same_size():
+    assert [result.fid for result in nearest_published(2.5, (512, 512))] == [2.89, 7.93]
+    assert [result.fid for result in nearest_published(1.72, (256, 256), n=2)] == [1.70, 1.77]
+    assert nearest_published(2.0, (32, 32)) == nearest_published(None, (256, 256)) == []
+    assert len(published_for("DiMR-G-2R_imagenet256")) == 2 and published_for("") == []
+
+
+def test_report_holds_what_decides_the_numbers(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (100, 256, 256, 3), dtype=np.uint8)
+    np.savez(tmp_path / "samples.npz", images)
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    samples, reference = [NpzImages(tmp_path / "samples.npz")], open_reference(tmp_path / "reference.npz")
+    values = {"fid": 1.5, "sfid": None, "inception_score": 250.0, "precision": None, "recall": None}
+    scores = Scores(values, {"sfid": "no | statistics"}, None, "f" * 64)
+    sampling, out = good_sampling(step=7, seed=1234), tmp_path / "new" / "report"
+    write_report(out, scores, samples, reference, sampling, list(range(100)))
+    report = json.loads((out / "metrics.json").read_text())
+    assert {name: report[name] for name in values} == values
+    assert report["sampling"] == sampling
+    assert report["samples"]["files"][0]["sha256"] == file_digest(tmp_path / "samples.npz")
+    assert report["samples"]["labels"] == {"classes": 100, "fewest": 1, "most": 1}
+    assert report["reference"]["sha256"] == file_digest(tmp_path / "reference.npz")
+    assert report["suite"]["inception_sha256"] == "f" * 64
+    assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert [row["fid"] for row in report["published_for_config"]] == [4.87, 1.77, 4.50, 1.70]
+    assert len(report["warnings"]) == 3
+    page = (out / "report.md").read_text()
+    assert "| **these images** | 1.5000 | – | 250.0000 | – | – |" in page and "![samples](samples.png)" in page
+    assert "DiMR-G/2R, 1M iterations, guided" in page and "sFID was not computed: no | statistics." in page
+    assert all(warning in page for warning in report["warnings"])
+    chosen = pick(samples, 40)
+    assert torch.equal(
+        torch.stack(chosen), torch.from_numpy(images[[i * 100 // 40 for i in range(40)]]).permute(0, 3, 1, 2)
+    )
+
+
+# --- From the commands ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def weights(tiny_config, trained):
+    if not (trained / "ckpts").exists():
+        training.train(tiny_config, trained)
+    return trained / "ckpts" / "6.ckpt"
+
+
+def quick_distance(mu1, sigma1, mu2, sigma2):
+    """In the place of the Fréchet distance, which takes seconds and is tested by itself."""
+    return float(np.abs(mu1 - mu2).sum() + np.abs(sigma1 - sigma2).sum())
+
+
+def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, inception_assets, tmp_path, monkeypatch):
+    """eval.py --metrics and evaluate_npz.py on the same images, as PNGs, as shards or as one .npz: the same numbers."""
+    monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
+    monkeypatch.setattr(utils, "ROOT", inception_assets.parent / "root")
+    (inception_assets.parent / "root").mkdir(exist_ok=True)
+    (inception_assets.parent / "root" / "assets").symlink_to(inception_assets)
+    monkeypatch.setattr(evaluate_npz, "ASSETS", inception_assets)
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
+    tiny_config.sample.n_samples = 6
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "images", str(reference), "digits")
+    first = json.loads((tmp_path / "images_report" / "metrics.json").read_text())
+    assert first["sampling"]["step"] == 6 and first["sampling"]["config"] == "digits"
+    assert first["sampling"]["weights"].endswith("6.ckpt/nnet_ema.safetensors")
+    assert first["sampling"]["weights_sha256"] == file_digest(weights / "nnet_ema.safetensors")
+    assert first["samples"]["labels"] == {"classes": 3, "fewest": 2, "most": 2}
+    assert first["not_computed"] == {} and first["fid"] > 0
+    assert {path.name for path in (tmp_path / "images_report").iterdir()} == {
+        "metrics.json",
+        "report.md",
+        "samples.png",
+    }
+
+    tiny_config.sample.output = "npz"
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "shards")
+    img2npz(tmp_path / "images", tmp_path / "images.npz")
+    for samples in ("images.npz", "shards"):
+        evaluate_npz.main([str(reference), str(tmp_path / samples), "--out", str(tmp_path / "report")])
+        report = json.loads((tmp_path / "report" / "metrics.json").read_text())
+        assert all(report[name] == first[name] for name in evaluate_npz.NAMES)
+        assert (report["sampling"] == "unknown") == (samples == "images.npz")
+
+
+def test_what_scoring_lacks_is_said_before_sampling(tiny_config, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    reference = tmp_path / "reference.npz"
+    with pytest.raises(FileNotFoundError, match=r"no reference statistics at .*reference.npz"):
+        evaluation.evaluate(tiny_config, str(weights), tmp_path / "images", str(reference))
+    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(FileNotFoundError, match="no Inception weights"):
+        evaluation.evaluate(tiny_config, str(weights), tmp_path / "images", str(reference))
+    assert not (tmp_path / "images").exists()
+    tiny_config.fid_stat = str(reference)
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")  # not asked for: said and left out
+    assert len(list((tmp_path / "images").glob("*.png"))) == 12
+
+
+class Ink:
+    """A scorer for the test: the mean of the pixels."""
+
+    def __init__(self):
+        self.titles, self.identity, self.calls = {"ink": "ink", "samples": "samples"}, {"by": "ink"}, 0
+
+    def __call__(self, folder, accelerator):
+        self.calls += 1
+        images = adm_suite.SampledImages(folder)
+        return {"ink": torch.cat(list(images.batches(50))).float().mean().item(), "samples": images.count}
+
+
+def test_sweep_scores_every_setting_once(tiny_config, weights, tmp_path):
+    settings = settings_of([1.0, 2.0, 4.0], [None, 2.0], [None], [3, 4])
+    assert len(settings) == 2 * (1 + 2 * 2) and len({setting.name for setting in settings}) == 10
+    scorer = Ink()
+    rows = sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", settings[:4], scorer)
+    assert scorer.calls == 4
+    rows = sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", settings, scorer)
+    assert scorer.calls == 10
+    found = [scores["ink"] for _, scores in rows]
+    assert found == sorted(found) and len(set(found)) > 2
+    with open(tmp_path / "sweep" / "sweep.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["ink"]) for row in table] == pytest.approx(found, abs=1e-4)
+    unguided = [row for row in table if row["scale"] == "1"]
+    assert {row["steps"] for row in unguided} == {"3", "4"} and unguided[0]["schedule"] == "none"
+    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
+    assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| ") == 11
+
+    # A set of the sweep is the set of eval.py.
+    config = ml_collections.ConfigDict(tiny_config)
+    config.sample.update(scale=4.0, scale_pow=2.0, sample_steps=3)
+    evaluation.evaluate(config, str(weights), tmp_path / "alone")
+    alone = Ink()(tmp_path / "alone", None)["ink"]
+    assert dict((setting.name, scores["ink"]) for setting, scores in rows)["scale4_steps3_power2"] == alone
+
+
+def test_sweep_settings():
+    setting = Setting(2.0, 2.0, (0.2, 3.0), 20)
+    assert (setting.name, setting.schedule) == ("scale2_steps20_power2_interval0.2-3", "power 2, 0.2 to 3")
+    assert sweep_guidance.parse(["none", "0.2:3"], "intervals", sweep_guidance.parse_interval) == [None, (0.2, 3.0)]
+    for values in (["a"], [], ["1", "1"]):
+        with pytest.raises(ValueError, match="--scales"):
+            sweep_guidance.parse(values, "scales", float)
+    config = load_config("digits")
+    with pytest.raises(ValueError, match=r"nothing to score by: set --reference .* or --digits"):
+        sweep_guidance.choose_scorer(None, "absent", config)
