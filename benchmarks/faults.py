@@ -243,7 +243,7 @@ class Faults:
         kinds = ["start"] * KILLS_IN_START + ["writing"] * KILLS_IN_WRITING
         kinds += ["training"] * (KILLS - len(kinds))
         self.rng.shuffle(kinds)
-        targets = sorted(self.rng.sample(range(1, N_STEPS - 2), KILLS))
+        targets = sorted(self.rng.sample(range(1, N_STEPS - 12), KILLS))  # with room for steps made meanwhile
         counts, files, again = dict.fromkeys(("start", "training", "writing"), 0), set(), []
         for target, kind in zip(targets, kinds, strict=True):
             process = run.start()
@@ -252,10 +252,11 @@ class Faults:
             else:
                 again.append(run.wait_for(0, process))
                 run.wait_for(target, process)
-            if kind == "writing":
-                while run.unfinished() is None and process.poll() is None:
-                    pass
-                time.sleep(self.rng.random() * 0.006)
+            if kind == "writing":  # with some number of its four files begun
+                begun = self.rng.randrange(5)
+                while (left := run.unfinished()) is None or len(left) < begun:
+                    if process.poll() is not None:
+                        break
             if kind == "training":
                 time.sleep(self.rng.random() * 0.03)
             process.kill()
@@ -540,37 +541,39 @@ def machine():
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     return (
         f"{cpu.split(':')[1].strip()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}; Python "
-        f"{platform.python_version()}, torch {torch.__version__}; load average {os.getloadavg()[0]:.1f} at the start"
+        f"{platform.python_version()}, torch {torch.__version__}"
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--workdir", type=Path, default=Path("/tmp/faults"), help="made anew")
+    parser.add_argument("--workdir", type=Path, default=Path("/tmp/faults"), help="keeps the rows of the table")
     parser.add_argument("--out", type=Path, help="where to write the table; printed in any case")
-    parser.add_argument("--only", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=FAULTS, help="do these anew, keep other rows")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     args = parser.parse_args()
-    shutil.rmtree(args.workdir, ignore_errors=True)
-    args.workdir.mkdir(parents=True)
-    where, faults, rows, failed = machine(), Faults(args.workdir, args.seed), [], False
+    runs, known = args.workdir / "runs", args.workdir / "rows.json"
+    shutil.rmtree(runs, ignore_errors=True)
+    runs.mkdir(parents=True)
+    table = json.loads(known.read_text()) if known.exists() else {}
+    load, faults, failed = os.getloadavg()[0], Faults(runs, args.seed), []
     faults.straight()
     for name in args.only:
         print(f"{name} ...", flush=True)
         try:
-            for row in getattr(faults, name)():
-                print("  " + " | ".join(row), flush=True)
-                rows.append(row)
+            table[name] = list(getattr(faults, name)())
+            print(*(" | ".join(row) for row in table[name]), sep="\n", flush=True)
         except Exception as error:  # of whatever kind: the other faults still have their turn
-            failed = True
             traceback.print_exc()
-            rows.append((name, f"**otherwise than it should**: {str(error).splitlines()[0]}", "", ""))
+            failed.append(name)
+            table[name] = [(name, f"**otherwise than it should**: {str(error).splitlines()[0]}", "", "")]
+        known.write_text(json.dumps(table))
     lines = [
         "# Faults, injected",
         "",
         f"    OMP_NUM_THREADS=1 python benchmarks/faults.py --out {args.out}",
         "",
-        where + ".",
+        f"{machine()}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after.",
         "",
         f"A tiny model, {N_STEPS} steps of batch {BATCH}, a checkpoint every {SAVE_INTERVAL} steps; each run a process "
         "of its own. Most of the",
@@ -581,12 +584,12 @@ def main():
         "",
         "| fault | what happened | what was left | seconds |",
         "|---|---|---|---|",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *("| " + " | ".join(row) + " |" for name in FAULTS for row in table.get(name, [])),
     ]
     print(*lines, sep="\n")
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
-    sys.exit(failed)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
