@@ -273,7 +273,8 @@ def evaluate(
     weaker, weaker_weights = utils.open_weaker_network(config, accelerator.device)
     autoencoder = utils.open_autoencoder(config, accelerator.device)
 
-    scoring = utils.open_scoring(metrics or config.fid_stat, required=metrics is not None)
+    size = utils.image_size(config, autoencoder)
+    scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, size)
     settings = sampling_settings(config, weights, weaker_weights, autoencoder, accelerator.mixed_precision)
     settings[RANGE] = [chosen.start, chosen.stop]
     check_same_settings(folder, settings)

@@ -178,6 +178,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
     autoencoder = utils.open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
     scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
+    scoring = None
+    if settings.fid_interval:
+        scoring = utils.open_scoring(config.fid_stat, False, utils.image_size(config, autoencoder))
 
     start_from(nnet, config)
     averages = make_averages(nnet, config)
@@ -291,10 +294,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
             del tensors
             timer.reset()
 
-        if settings.fid_interval and step % settings.fid_interval == 0:
+        if scoring and step % settings.fid_interval == 0:
             with sharding.whole(sampled_network):
                 fid = fid_of_samples(
-                    config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator, weaker
+                    config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator, scoring, weaker
                 )
             if fid is not None:
                 run_record.log_to_trackers(accelerator, {"fid": fid}, step)
@@ -346,12 +349,11 @@ def describe_run(
     )
 
 
-def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerator, weaker) -> float | None:
+def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerator, scoring, weaker) -> float | None:
     """FID of config.train.fid_samples images, by the code of eval.py; the images are removed. None but on the main
-    process, or where the reference or the Inception weights are missing."""
+    process."""
     config = ml_collections.ConfigDict(config)
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
-    scoring = utils.open_scoring(config.fid_stat, required=False)
     config.sample.output = "png"
     scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker)
     accelerator.wait_for_everyone()

@@ -292,25 +292,40 @@ def make_sampler(
     return sample
 
 
-def open_scoring(reference: str, required: bool) -> tuple[Reference, Path] | None:
+def image_size(config: ml_collections.ConfigDict, autoencoder: Autoencoder | None) -> tuple[int, int]:
+    """(H, W) in pixels of what is sampled."""
+    factor = autoencoder.downsample if autoencoder is not None else 1
+    return config.z_shape[1] * factor, config.z_shape[2] * factor
+
+
+def open_scoring(reference: str, required: bool, size: tuple[int, int]) -> tuple[Reference, Path] | None:
     """What scoring needs: the opened reference .npz and the path of the Inception weights.
+
+    Args:
+        size: (H, W) of the images to be scored.
 
     Returns:
         None, after a line that says what is missing, where one of them is and `required` is False.
 
     Raises:
         FileNotFoundError: one of them is missing and `required`.
-        ValueError: the reference cannot be used.
+        ValueError: the reference cannot be used, or its images are of another size.
     """
     try:
         if not Path(reference).is_file():
             raise FileNotFoundError(f"no reference statistics at {reference!r} (set config.fid_stat, or --metrics)")
-        return open_reference(reference), find_inception(ROOT / "assets")
+        weights, opened = find_inception(ROOT / "assets"), open_reference(reference)
     except FileNotFoundError as error:
         if required:
             raise
         logging.info("no scores: %s", error)
         return None
+    if opened.images and opened.images.size != size:
+        (h, w), (h0, w0) = size, opened.images.size
+        raise ValueError(
+            f"the images of {reference} are {w0}x{h0}, those to be scored {w}x{h}: give the reference of this size"
+        )
+    return opened, weights
 
 
 def throughput(seconds: float, config: ml_collections.ConfigDict, flops_per_image: float, accelerator) -> dict:

@@ -1,14 +1,21 @@
-"""Error against network evaluations of every solver, where the exact answer is known: a mixture of Gaussians.
+"""Error against network evaluations of every solver: where the exact answer is known, and on the trained digits model.
 
     python benchmarks/solvers.py            # benchmarks/results/solvers.png and solvers.md; a minute or two
+    python benchmarks/solvers.py --digits workdir/quickstart/train/ckpts/2000.ckpt     # solvers_digits.png and .md
 
-The data are four Gaussians in the plane, of different weights and widths, for which the noise prediction is known in
-closed form; so solvers are judged without a network's error. All start from the same noise at t_end and end at t_start.
+Where it is known: the data are four Gaussians in the plane, of different weights and widths, for which the noise
+prediction is known in closed form; so solvers are judged without a network's error. All start from the same noise at
+t_end and end at t_start.
 
 - rms: root mean square distance to where the exact probability-flow ODE takes the same noise (the released solver with
   6,000 evaluations, uniform in lambda). An ancestral sampler has no such end.
 - W1: Wasserstein-1 distance of the samples to those exact ones, mean over the two coordinates. ddpm's noise is its own:
   it cannot come closer than an independent exact sample, whose distance is given as the floor.
+
+On the digits model (configs/digits.py with its guidance, the weights that scripts/quickstart.sh trains) the reference
+is where the released solver takes the same noise with very many evaluations, uniform in lambda, in float32; how far the
+second-order multistep solver ends from there with as many says how well it is known. Distances are root mean squares
+over latents, as shares of the latents' own.
 """
 
 import argparse
@@ -25,6 +32,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 import sde
+import utils
+from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, dpm_solver_multistep, dpm_solver_singlestep, lambda_times, uniform_times
 
 matplotlib.use("Agg")
@@ -136,12 +145,77 @@ def table(rows_of):
     return "\n".join(lines) + "\n"
 
 
+DIGITS_EVALUATIONS = (4, 6, 8, 10, 14, 20, 30, 50, 80)
+DIGITS_IN_TABLE = (6, 10, 20, 50, 80)
+DIGITS_REFERENCE = 402  # evaluations
+
+
+@torch.no_grad()
+def digits_errors(weights, n_images):
+    """Rows (solver, evaluations, error) on the digits model, and how far two references are apart."""
+    config = utils.load_config(utils.ROOT / "configs" / "digits.py")
+    schedule, nnet = sde.get_schedule(config.schedule), utils.build_network(config).eval()
+    utils.load_network_weights(nnet, weights)
+    labels = torch.arange(n_images) % config.dataset.n_classes
+    noise = SampleNoise(range(n_images), config.seed, tuple(config.z_shape), torch.device("cpu"))
+    x = noise.draw()
+    sample = config.sample
+    model = sde.guided_noise_model(nnet, schedule, labels, nnet.null_label, sample.scale, sample.scale_pow)
+    times = lambda_times(schedule, DIGITS_REFERENCE)
+    reference = dpm_solver_singlestep(model, schedule, x, times, [3] * (DIGITS_REFERENCE // 3))
+    unit = reference.square().mean().sqrt().item()
+
+    def error(found):
+        return (found - reference).square().mean().sqrt().item() / unit
+
+    apart = error(dpm_solver_multistep(model, schedule, x, lambda_times(schedule, DIGITS_REFERENCE), 2))
+    rows = []
+    for name, solve in VARIANTS.items():
+        if name != "ddpm":  # whose end is another for every noise it draws
+            rows += [(name, n, error(solve(model, schedule, x, n, noise.draw))) for n in DIGITS_EVALUATIONS]
+    return rows, apart
+
+
+def report_digits(weights, n_images, out):
+    """solvers_digits.png and solvers_digits.md."""
+    started = time.perf_counter()
+    rows, apart = digits_errors(weights, n_images)
+    seconds = time.perf_counter() - started
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    lines = [f"| solver | {' | '.join(map(str, DIGITS_IN_TABLE))} |", "|---" * (len(DIGITS_IN_TABLE) + 1) + "|"]
+    for name in dict.fromkeys(row[0] for row in rows):
+        own = {evaluations: error for solver, evaluations, error in rows if solver == name}
+        axes.loglog(own.keys(), own.values(), ":." if "uniform" in name else ".-", linewidth=1.2, label=name)
+        lines.append(f"| {name} | {' | '.join(f'{own[n]:.1e}' for n in DIGITS_IN_TABLE)} |")
+    axes.axhline(apart, color="grey", linewidth=0.8)
+    axes.set(xlabel="network evaluations", ylabel="distance to the reference / size of latents")
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "solvers_digits.png", dpi=110)
+    text = (
+        "# Solvers on the trained digits model\n\n"
+        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}; "
+        f"`python benchmarks/solvers.py {' '.join(sys.argv[1:])}`, {seconds:.0f} s.\n"
+        f"{n_images} digits, the guidance of configs/digits.py; reference: the released solver, {DIGITS_REFERENCE} \n"
+        f"evaluations. Two references are {apart:.1e} apart (grey line): no distance below that is known.\n\n"
+        "![Distance against evaluations](solvers_digits.png)\n\n" + "\n".join(lines) + "\n"
+    )
+    (out / "solvers_digits.md").write_text(text)
+    print(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n_points", type=int, default=5000)
-    parser.add_argument("--out", default="benchmarks/results", help="folder for solvers.png and solvers.md")
+    parser.add_argument("--digits", metavar="WEIGHTS", help="checkpoint of the digits model: solvers_digits.* only")
+    parser.add_argument("--n_images", type=int, default=50, help="digits")
+    parser.add_argument("--out", default="benchmarks/results", help="folder for the picture and the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.digits:
+        report_digits(args.digits, args.n_images, Path(args.out))
+        return
     started = time.perf_counter()
     rows_of = {name: errors(sde.get_schedule(name), args.n_points) for name in sde.SCHEDULES}
     out = Path(args.out)

@@ -127,7 +127,8 @@ class DigitsScorer:
 
 def choose_scorer(reference: str | None, digits: str, config: ml_collections.ConfigDict):
     """ADM's suite where it is asked for or possible, else the digits'. Raises ValueError, OSError."""
-    if scoring := utils.open_scoring(reference or config.fid_stat, required=reference is not None):
+    size = utils.image_size(config, utils.open_autoencoder(config, "cpu"))
+    if scoring := utils.open_scoring(reference or config.fid_stat, reference is not None, size):
         return AdmScorer(scoring[0].path, scoring[1])
     if not Path(digits).is_dir():
         raise ValueError(

@@ -17,6 +17,7 @@ from img2npz import img2npz
 from libs import adm_suite
 from libs.adm_suite import NpzImages, Reference, Scores, open_reference
 from libs.checkpoint import file_digest
+from libs.inception import find_inception
 from libs.report import PUBLISHED, nearest_published, pick, published_for, usual_mistakes, write_report
 from scripts import evaluate_npz, sweep_guidance
 from scripts.sweep_guidance import Setting, settings_of
@@ -149,9 +150,7 @@ def quick_distance(mu1, sigma1, mu2, sigma2):
 def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, inception_assets, tmp_path, monkeypatch):
     """eval.py --metrics and evaluate_npz.py on the same images, as PNGs, as shards or as one .npz: the same numbers."""
     monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
-    monkeypatch.setattr(utils, "ROOT", inception_assets.parent / "root")
-    (inception_assets.parent / "root").mkdir(exist_ok=True)
-    (inception_assets.parent / "root" / "assets").symlink_to(inception_assets)
+    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
     monkeypatch.setattr(evaluate_npz, "ASSETS", inception_assets)
     reference = tmp_path / "reference.npz"
     np.savez(reference, np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
@@ -177,6 +176,23 @@ def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, in
         report = json.loads((tmp_path / "report" / "metrics.json").read_text())
         assert all(report[name] == first[name] for name in evaluate_npz.NAMES)
         assert (report["sampling"] == "unknown") == (samples == "images.npz")
+
+
+def test_scores_while_training(tiny_config, inception_assets, tmp_path, monkeypatch):
+    """FID of the averaged weights goes into the log; its images are removed. Another size is refused at the start."""
+    monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
+    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
+    tiny_config.fid_stat = str(tmp_path / "reference.npz")
+    np.savez(tiny_config.fid_stat, mu=np.zeros(2048), sigma=np.eye(2048))
+    tiny_config.train.update(n_steps=2, fid_interval=2, fid_samples=3)
+    training.train(tiny_config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["fid"] > 0) for line in lines if "fid" in line] == [(2, True)]
+    assert not list((tmp_path / "run" / "fid").iterdir())
+    np.savez(tiny_config.fid_stat, np.zeros((4, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"reference.npz are 8x8, those to be scored 16x16"):
+        training.train(tiny_config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_scoring_lacks_is_said_before_sampling(tiny_config, weights, tmp_path, monkeypatch):
