@@ -242,10 +242,15 @@ def flush_to_disk(path: Path) -> None:
 
 
 def prune_checkpoints(root: Path, keep_last: int, keep_interval: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_interval` steps (0: none)."""
+    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_interval` steps (0: none).
+
+    Also what a process that was killed while it wrote one has left. Not to be called while one is being written.
+    """
     for folder in checkpoint_folders(root)[keep_last:]:
         if not (keep_interval and int(folder.stem) % keep_interval == 0):
             shutil.rmtree(folder)
+    for folder in root.glob(".*.ckpt.tmp"):
+        shutil.rmtree(folder)
 
 
 # --- Starting from other weights --------------------------------------------------------------------------------------
