@@ -74,10 +74,15 @@ def shard_path(folder: Path, indices: range) -> Path:
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
-    """Write a uint8 image (H, W, 3) so that it is whole or not there."""
+    """Write a uint8 image (H, W, 3) so that it is whole or not there; not forced to the disk, which is slow for so many
+    (a PNG that a power cut leaves short is found, see `is_complete`). Raises OSError that names it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(image).save(temporary, format="png", compress_level=1)
-    os.replace(temporary, path)
+    try:
+        Image.fromarray(image).save(temporary, format="png", compress_level=1)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}; run the command again to go on", str(path)) from error
 
 
 def write_shard(images: np.ndarray, labels: Sequence[int], path: Path) -> None:

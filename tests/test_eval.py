@@ -2,13 +2,16 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import overrides, run
+from PIL import Image
 
 import eval as evaluation
 import train as training
 import utils
+from img2npz import img2npz
 from libs.checkpoint import load_weights, read_state_dict, released_name
 from libs.sample_set import balanced_label
 
@@ -46,6 +49,52 @@ def test_any_number_of_processes_makes_the_same_bytes(tiny_config, weights, tmp_
     assert set(one) == {*(f"{i}.png" for i in range(12)), "class_lab.txt", "sampling.json"}
     assert one["class_lab.txt"].split() == [b"0"] * 4 + [b"1"] * 4 + [b"2"] * 4
     assert len(set(one.values())) == 14  # no two images alike
+
+
+def test_shards_hold_the_images_and_parts_make_the_set(tiny_config, weights, tmp_path):
+    """PNGs, shards, and two parts cut within a batch: the same images. A part's folder is no other part's."""
+    tiny_config.sample.output = "both"
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "whole")
+    pngs = np.stack([np.asarray(Image.open(tmp_path / "whole" / f"{i}.png")) for i in range(12)])
+    img2npz([tmp_path / "whole"], tmp_path / "whole.npz")
+    assert np.array_equal(np.load(tmp_path / "whole.npz")["arr_0"], pngs)
+    tiny_config.sample.output = "npz"
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "a", indices="0:8")
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "b", classes="2:3")
+    assert (tmp_path / "b" / "class_lab.txt").read_text().split() == ["2"] * 4
+    img2npz([tmp_path / "a", tmp_path / "b"], tmp_path / "parts.npz")
+    assert (tmp_path / "parts.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    kept = contents(tmp_path / "a")
+    (tmp_path / "a" / "0000000-0000004.npz").write_bytes(b"cut short")
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "a", indices="0:8")
+    assert contents(tmp_path / "a") == kept
+    with pytest.raises(ValueError, match=r"other settings \(indices: \[0, 8\] there, \[4, 12\] now\)"):
+        evaluation.evaluate(tiny_config, str(weights), tmp_path / "a", indices="4:12")
+
+
+def test_killed_at_any_moment_and_by_any_number_the_set_is_the_same():
+    """The benchmark asserts it: 1 and 3 processes, 3 killed twice, two parts merged."""
+    done = run(
+        "benchmarks/sampling_faults.py",
+        *("--n_samples", 30, "--mini_batch_size", 4, "--kills", 2, "--processes", 1, 3, "--idle_samples", 0),
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4 and "killed 2 times" in done.stdout
+
+
+def test_guided_by_itself_is_unguided(tiny_config, weights, tmp_path):
+    tiny_config.sample.update(scale=1.0, n_samples=5, output="npz")
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "none")
+    tiny_config.sample.update(scale=3.0, scale_pow=None, autoguidance_path=str(weights))
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "itself")
+    shard = "0000000-0000004.npz"
+    assert (tmp_path / "itself" / shard).read_bytes() == (tmp_path / "none" / shard).read_bytes()
+    assert '"autoguidance_sha256"' in (tmp_path / "itself" / "sampling.json").read_text()
+    other = tiny_config.copy_and_resolve_references()
+    other.sample.autoguidance_path = ""
+    with pytest.raises(ValueError, match=r"other settings \(.*autoguidance_sha256: .* there, None now"):
+        evaluation.evaluate(other, str(weights), tmp_path / "itself")
 
 
 def test_only_missing_and_damaged_images_are_made_again(tiny_config, weights, tmp_path):
