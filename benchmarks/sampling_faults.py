@@ -302,8 +302,9 @@ all processes at random moments, a third of them while they start.
 ## Idle time of the device
 
 A stand-in for a GPU: {COST[0] * 1000:.0f} ms per network call, {COST[1] * 1000:.0f} ms to decode a batch of 50, the
-processor free meanwhile (a guided call of DiMR-XL on a batch of 50 is 32 TFLOP); {args.idle_samples} images of 256x256 (crops of photographs), 50 calls per batch, really
-written. Idle: the share of the time from the first call to the last in which the device had no work.
+processor free meanwhile (a guided call of DiMR-XL on a batch of 50 is 32 TFLOP); {args.idle_samples} images of 256x256
+(crops of photographs), 50 calls per batch, really written. Idle: the share of the time from the first call to the last
+in which the device had no work.
 
 | output | written | device idle | MB | images per second |
 |---|---|---|---|---|
