@@ -115,8 +115,8 @@ def usual_mistakes(
         found.append("no guidance (scale 1): compare with unguided results")
     side, name = size[0], reference.path.name
     if name not in ADM_REFERENCES.get(side, ()):
-        expected = f"{ADM_REFERENCES[side][0]}" if side in ADM_REFERENCES else "a reference for another image size"
-        found.append(f"another reference, {name}: the published scores are against ADM's {expected}")
+        expected = ADM_REFERENCES[side][0] if side in ADM_REFERENCES else "VIRTUAL_imagenet*, of other image sizes"
+        found.append(f"another reference, {name}: published scores are against ADM's {expected}")
     if "fid" not in reference.statistics and reference.images and reference.images.count < PUBLISHED_IMAGES:
         found.append(f"the reference's statistics are of {reference.images.count} images only, which raises FID")
     return found
@@ -217,7 +217,7 @@ def as_markdown(report: dict, own: list[Published], has_pictures: bool) -> str:
         lines.append(f"| {title} | {' | '.join(number(getattr(row, name)) for name in NAMES)} |")
     lines += [
         "",
-        "Below the first row: what is published for this config, then the nearest by FID."
+        "Below the first row: what is published for this config, then the nearest by FID; all of 50,000 images."
         if rows
         else "Nothing is published for images of this size by these scores.",
     ]
@@ -236,7 +236,7 @@ def as_markdown(report: dict, own: list[Published], has_pictures: bool) -> str:
     lines += ["", "## What decides these numbers", "", "| | |", "|---|---|"]
     for section in ("samples", "sampling", "reference", "suite", "versions", "code"):
         values = report[section] if isinstance(report[section], dict) else {"": report[section]}
-        lines += [f"| {section} {key} | {shown(value)} |" for key, value in values.items()]
+        lines += [f"| {section} {key}".rstrip() + f" | {shown(value)} |" for key, value in values.items()]
     return "\n".join(lines) + "\n"
 
 

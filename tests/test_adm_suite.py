@@ -164,6 +164,19 @@ def test_samples_that_cannot_be_scored(tmp_path, array, message):
         evaluate_npz.main([str(tmp_path / "reference.npz"), str(tmp_path / "samples.npz")])
 
 
+def test_folders_and_files_are_not_mixed(tmp_path):
+    np.savez(tmp_path / "images.npz", np.zeros((5, 8, 8, 3), np.uint8))
+    (tmp_path / "empty").mkdir()
+    files = [str(tmp_path / name) for name in ("images.npz", "images.npz", "empty")]
+    with pytest.raises(SystemExit, match=r"SAMPLES are folders \(.*empty, ...\) and files: give either"):
+        evaluate_npz.main(files)
+    with pytest.raises(SystemExit, match="expected at least one image"):
+        evaluate_npz.main([files[0], files[2]])
+    np.savez(tmp_path / "wide.npz", np.zeros((5, 8, 16, 3), np.uint8))
+    with pytest.raises(SystemExit, match=r"wide\.npz is 16x8 but .*images\.npz is 8x8: give parts of one set"):
+        evaluate_npz.main([files[0], files[0], str(tmp_path / "wide.npz")])
+
+
 def test_one_image_has_no_covariance(tmp_path):
     np.savez(tmp_path / "one.npz", np.zeros((1, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))

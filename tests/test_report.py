@@ -53,7 +53,7 @@ def test_a_set_as_published_has_no_warnings(reference):
         (50_000, 256, {"scale": 1.0}, None, None, "no guidance"),
         (50_000, 256, {}, None, "mine.npz", "another reference, mine.npz: .* VIRTUAL_imagenet256_labeled.npz"),
         (50_000, 512, {}, None, None, "another reference, .*: .* VIRTUAL_imagenet512.npz"),
-        (50_000, 32, {}, None, None, "another reference, .*: .* for another image size"),
+        (50_000, 32, {}, None, None, r"another reference, .*: .* VIRTUAL_imagenet\*, of other"),
     ],
 )
 def test_each_usual_mistake_is_warned_of(reference, n_images, size, changes, labels, name, message):
