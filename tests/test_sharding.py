@@ -177,6 +177,18 @@ def test_pieces(runs):
     run_ranks(__file__, "pieces", runs[0] / "ckpts" / "12.ckpt", processes=3)
 
 
+def test_bf16_is_autocasts(config, runs, tmp_path):
+    config.train.n_steps = 3
+    said = run_ranks(
+        "train.py", *overrides(config), SHARDED, f"--workdir={tmp_path}", ACCELERATE_MIXED_PRECISION="bf16"
+    )
+    assert "bf16 precision" in said
+    off = np.abs(np.array(losses(tmp_path)) / losses(runs[1])[:3] - 1).max()
+    assert 1e-6 < off < 1e-2  # not float32 arithmetic, and close to it
+    _, tensors = checkpoint.read_checkpoint(tmp_path / "ckpts" / "3.ckpt")
+    assert {tensor.dtype for named in tensors.values() for tensor in named.values()} == {torch.float32}
+
+
 def test_settings_that_cannot_work(config, tmp_path, monkeypatch):
     config.train.sharded = True
     with pytest.raises(ValueError, match=r"config.train.sharded .* found 1: start more"):
