@@ -73,6 +73,20 @@ class StageSpec:
             raise ValueError(f"head_kernel_size must be odd; found {self.head_kernel_size}")
 
 
+class GatedGELU(torch.autograd.Function):
+    """GELU(a) * b with the exact (erf) GELU; keeps a and b alone, and computes GELU(a) again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.gelu(a) * b
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad * b, a), grad * F.gelu(a)
+
+
 class GatedMLP(nn.Module):
     """norm, then w2(GELU(w0 z) * w1 z) with the exact (erf) GELU. (B, ..., D), t (B,) -> (B, ..., D)."""
 
@@ -85,7 +99,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         z = self.norm(x, t)
-        return self.w2(F.gelu(self.w0(z)) * self.w1(z))
+        return self.w2(GatedGELU.apply(self.w0(z), self.w1(z)))
 
 
 class Attention(nn.Module):
@@ -134,7 +148,7 @@ class ConvNeXtBlock(nn.Module):
 class Upsample(nn.Module):
     """All features of the coarser branch to the width and grid of this one: norm, Linear, pixel shuffle, norm.
 
-    (B, h, w, (n+1) D_prev), t (B,) -> (B, h q, w q, D).
+    n+1 features (B, h, w, D_prev), t (B,) -> (B, h q, w q, D).
     """
 
     def __init__(self, in_dim: int, dim: int, ratio: int):
@@ -142,10 +156,10 @@ class Upsample(nn.Module):
         self.ratio = ratio
         self.norm_in = TDLayerNorm(in_dim)
         self.proj = nn.Linear(in_dim, dim * ratio**2)
-        self.norm_out = TDLayerNorm(dim)
+        self.norm_out = TDLayerNorm(dim, exact=True)
 
-    def forward(self, features: Tensor, t: Tensor) -> Tensor:
-        x = self.proj(self.norm_in(features, t))
+    def forward(self, features: list[Tensor], t: Tensor) -> Tensor:
+        x = self.proj(self.norm_in(torch.cat(features, dim=-1), t))
         x = rearrange(x, "B h w (a b D) -> B (h a) (w b) D", a=self.ratio, b=self.ratio)
         return self.norm_out(x, t)
 
@@ -207,39 +221,46 @@ class Stage(nn.Module):
             )
         return rearrange(self.pos_embed.weight, "(H W) D -> H W D", W=max_w)[:h, :w]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, features: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
         """x (B, C, H, W), t (B,) or (1,), y (B,) and the coarser branch's features -> prediction, own features."""
         z = rearrange(self.patch_embed(x), "B D h w -> B h w D")
         h, w = z.shape[1:3]
         z = z + self.positions(h, w)
         if features is not None:
-            z = z + self.upsample(features, t)
+            z = z + self.run(self.upsample, features, t, again=self.recompute_every > 0)
         if self.class_embed is not None:
             z = torch.cat([self.class_embed(y)[:, None], rearrange(z, "B h w D -> B (h w) D")], dim=1)  # B 1+hw D
 
         collected, skips = [z], []
         half = len(self.blocks) // 2
         for i in range(len(self.blocks)):
-            if i > half:
-                z = self.skips[i - half - 1](torch.cat([z, skips.pop()], dim=-1))
-            z = self.apply_block(i, z, t)
+            skip = skips.pop() if i > half else None
+            z = self.run(self.unit, i, z, skip, t, again=self.recompute_every > 0 and i % self.recompute_every == 0)
             if i < half:
                 skips.append(z)
             if self.keep_features:
                 collected.append(z)
 
-        features = torch.cat(collected, dim=-1) if self.keep_features else None  # ... (n+1)D
-        return self.head(self.to_grid(z, h, w), t), self.to_grid(features, h, w)
+        own_features = [self.to_grid(z, h, w) for z in collected] if self.keep_features else None
+        return self.head(self.to_grid(z, h, w), t), own_features
 
-    def apply_block(self, i: int, z: Tensor, t: Tensor) -> Tensor:
-        """Block i; in training, without keeping its activations where `DiMR.recompute` says so."""
-        if self.training and self.recompute_every and i % self.recompute_every == 0:
-            return checkpoint(self.blocks[i], z, t, use_reentrant=False, **self.recompute_context)
+    def unit(self, i: int, z: Tensor, skip: Tensor | None, t: Tensor) -> Tensor:
+        """Block i, behind the long skip that enters there."""
+        if skip is not None:
+            z = self.skips[i - len(self.blocks) // 2 - 1](torch.cat([z, skip], dim=-1))
         return self.blocks[i](z, t)
 
-    def to_grid(self, z: Tensor | None, h: int, w: int) -> Tensor | None:
+    def run(self, function, *args, again: bool) -> Tensor:
+        """function(*args); in training and with `again`, without keeping its activations (see `DiMR.recompute`)."""
+        if again and self.training:
+            return checkpoint(function, *args, use_reentrant=False, **self.recompute_context)
+        return function(*args)
+
+    def to_grid(self, z: Tensor, h: int, w: int) -> Tensor:
         """Tokens without the class token, as a grid: (B, 1+hw, D) -> (B, h, w, D); a grid stays as it is."""
-        if z is None or self.class_embed is None:
+        if self.class_embed is None:
             return z
         return rearrange(z[:, 1:], "B (h w) D -> B h w D", h=h, w=w)
 
@@ -296,7 +317,7 @@ class DiMR(nn.Module):
         outputs, features = [], None
         for stage in self.stages:
             if self.block_grad_to_lowres and features is not None:
-                features = features.detach()
+                features = [feature.detach() for feature in features]
             output, features = stage(x, t, y, features)
             outputs.append(output)
         return tuple(outputs)
@@ -307,7 +328,7 @@ class DiMR(nn.Module):
         The same numbers in less memory and more time (Chen et al., arXiv 1604.06174).
 
         Args:
-            every: each `every`-th block of a branch, from its first; 1: all of them, 0: none.
+            every: each `every`-th block of a branch, from its first, and what joins the branches; 1: all, 0: none.
             keep_products: keep the results of matrix products, convolutions and attention of those blocks, and compute
                 the rest (norms, activations, gates) again.
         """

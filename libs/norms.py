@@ -1,11 +1,17 @@
 """Normalisation layers, time-dependent (the paper's section 3.3) and plain. Every one is called as norm(x, t).
 
+Their backward passes are written out: they keep the input alone, which the network keeps anyway, where automatic
+differentiation would keep the normalised features beside it. Under autocast the result comes in the precision of the
+matrix products that it feeds, rounded once for all of them; all arithmetic here is float32.
+
 Axes: B batch, D channels (always last), ... tokens or grid cells.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+RMS_EPS = 1e-8  # added to the root mean square, not under the root
+LAYER_NORM_EPS = 1e-5  # added to the variance
 
 
 class TimeDependentVector(nn.Module):
@@ -31,23 +37,78 @@ def per_sample(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(vector.shape[0], *[1] * (x.ndim - 2), vector.shape[1])
 
 
-def rms_normalise(x: Tensor) -> Tensor:
-    """x / (||x|| / sqrt(D) + 1e-8) over the last axis, in float32: eps is added to the RMS, not under the root."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return x / (norm * x.shape[-1] ** -0.5 + 1e-8)
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision in which a matrix product would take x: autocast's, or its own."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not available: the meta device
+    return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class ScaledRMS(torch.autograd.Function):
+    """x / (||x|| / sqrt(D) + eps) * gain, over the last axis. x (B, ..., D), gain (B or 1, 1, ..., D)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x))
+        ctx.save_for_backward(x, norm, gain)
+        return (x / (norm * x.shape[-1] ** -0.5 + RMS_EPS) * gain).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, norm, gain = ctx.saved_tensors
+        root = x.shape[-1] ** -0.5
+        inverse = 1 / (norm * root + RMS_EPS)  # of the denominator
+        normalised = x * inverse
+        grad_gain = (grad * normalised).sum_to_size(gain.shape)
+        grad = grad * gain
+        # d inverse / dx = -inverse² root x / norm; at x = 0, where the norm has no slope, 0 is taken
+        along = (grad * normalised).sum(-1, keepdim=True) * (inverse * root / norm.clamp_min(1e-30))
+        return torch.addcmul(grad * inverse, x, along, value=-1).to(x.dtype), grad_gain, None
+
+
+class ScaledLayerNorm(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * gain + shift, over the last axis. Shapes as in ScaledRMS."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+        normalised, mean, inverse = torch.native_layer_norm(
+            x.to(at_least_float32(x)), x.shape[-1:], None, None, LAYER_NORM_EPS
+        )
+        ctx.save_for_backward(x, mean, inverse, gain)
+        return torch.addcmul(shift, normalised, gain).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, mean, inverse, gain = ctx.saved_tensors
+        normalised = (x - mean) * inverse
+        grad_shift = grad.to(mean.dtype).sum_to_size(gain.shape)
+        grad_gain = (grad * normalised).sum_to_size(gain.shape)
+        grad = grad * gain
+        along = (grad * normalised).mean(-1, keepdim=True)
+        grad = torch.addcmul(grad - grad.mean(-1, keepdim=True), normalised, along, value=-1) * inverse
+        return grad.to(x.dtype), grad_gain, grad_shift, None
 
 
 class TDLayerNorm(nn.Module):
-    """Layer norm whose gain and shift depend on time. x (B, ..., D), t (B,) -> (B, ..., D)."""
+    """Layer norm whose gain and shift depend on time. x (B, ..., D), t (B,) -> (B, ..., D).
 
-    def __init__(self, dim: int):
+    Args:
+        exact: keep float32 under autocast, for a result that is added and not multiplied.
+    """
+
+    def __init__(self, dim: int, exact: bool = False):
         super().__init__()
         self.weight = TimeDependentVector(dim, 1.0)
         self.bias = TimeDependentVector(dim, 0.0)
+        self.exact = exact
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        z = F.layer_norm(x, x.shape[-1:], eps=1e-5)
-        return torch.addcmul(per_sample(self.bias(t), x), z, per_sample(self.weight(t), x))
+        dtype = at_least_float32(x) if self.exact else product_dtype(x)
+        return ScaledLayerNorm.apply(x, per_sample(self.weight(t), x), per_sample(self.bias(t), x), dtype)
 
 
 class TDRMSNorm(nn.Module):
@@ -58,7 +119,7 @@ class TDRMSNorm(nn.Module):
         self.scale = TimeDependentVector(dim, 1.0)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return rms_normalise(x) * per_sample(self.scale(t), x)
+        return ScaledRMS.apply(x, per_sample(self.scale(t), x), product_dtype(x))
 
 
 class RMSNorm(nn.Module):
@@ -69,7 +130,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return rms_normalise(x) * self.scale
+        return ScaledRMS.apply(x, per_sample(self.scale[None], x), product_dtype(x))
 
 
 NORMS = {"TDRMSN": TDRMSNorm, "LN": TDLayerNorm, "RMSN": RMSNorm}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
-from libs.dimr import DiMR, StageSpec
+from libs.dimr import DiMR, GatedGELU, StageSpec
 from libs.norms import NORMS, TDLayerNorm, TDRMSNorm, TimeDependentVector
 
 COARSE = StageSpec("TransformerBlock", 16, 3, 32, patch_size=2, max_height=4, max_width=4, num_heads=2)
@@ -55,6 +55,60 @@ def test_norms_start_as_plain_norms():
 def test_rms_eps_is_added_to_the_rms():
     x = torch.full((1, 1, 4), 1e-8)
     torch.testing.assert_close(TDRMSNorm(4)(x, torch.zeros(1)), torch.full((1, 1, 4), 0.5))
+
+
+@pytest.mark.parametrize("n_times", [3, 1])
+@pytest.mark.parametrize("norm", NORMS.values())
+def test_written_out_gradients_of_norms(norm, n_times):
+    """Against finite differences in float64, for a time per sample and one time for all."""
+    torch.manual_seed(0)
+    module = norm(6).double()
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    t = torch.rand(n_times, dtype=torch.float64)
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x, *values):
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x, t))
+
+    assert torch.autograd.gradcheck(function, (x, *module.parameters()), atol=1e-7)
+
+
+def test_a_norm_of_nothing_is_nothing():
+    x = torch.zeros(2, 3, 8, requires_grad=True)
+    for norm in (TDRMSNorm(8), TDLayerNorm(8)):
+        (result,) = torch.autograd.grad(norm(x, torch.zeros(2)).sum(), x)
+        assert torch.isfinite(result).all()
+    assert (TDRMSNorm(8)(x, torch.zeros(2)) == 0).all()
+
+
+def test_written_out_gradient_of_the_gate():
+    a, b = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    torch.testing.assert_close(GatedGELU.apply(a, b), torch.nn.functional.gelu(a) * b)
+    assert torch.autograd.gradcheck(GatedGELU.apply, (a, b))
+
+
+def test_norms_feed_products_in_their_precision():
+    x, t = torch.randn(2, 3, 8), torch.rand(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert TDRMSNorm(8)(x, t).dtype == TDLayerNorm(8)(x, t).dtype == torch.bfloat16
+        assert TDLayerNorm(8, exact=True)(x, t).dtype == torch.float32
+        torch.testing.assert_close(TDRMSNorm(8)(x, t), torch.nn.functional.rms_norm(x, (8,)).bfloat16())
+
+
+@pytest.mark.parametrize(("every", "keep_products"), [(1, False), (2, False), (1, True)])
+def test_recomputation_changes_no_number(every, keep_products):
+    model, arguments = small_model().train(), inputs()
+    gradients = []
+    for setting in ((0, False), (every, keep_products)):
+        model.recompute(*setting)
+        model.zero_grad()
+        sum(output.square().mean() for output in model(*arguments)).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.equal(expected, found)
 
 
 @pytest.mark.parametrize("norm_type", NORMS)

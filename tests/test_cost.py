@@ -1,0 +1,55 @@
+"""The cost model against closed forms and the published counts."""
+
+import pytest
+import torch
+from conftest import load_config, run
+from torch import nn
+
+import utils
+from libs import cost
+
+
+@pytest.mark.parametrize(("precision", "width"), [("no", 4), ("bf16", 2)])
+def test_kept_bytes_of_a_perceptron(precision, width):
+    with cost.fake_model():
+        module = nn.Sequential(nn.Linear(8, 32, bias=False), nn.GELU(), nn.Linear(32, 4, bias=False))
+        fixed, per_image = cost.kept_bytes(module, lambda batch: (torch.zeros(batch, 8),), precision)
+    # the input of each product and of the activation, and the 16-bit copy of the weights that a gradient goes through
+    assert per_image == (8 + 32 + 32) * width
+    assert fixed == (0 if precision == "no" else 32 * 4 * 2)
+
+
+def test_branches_add_up_to_the_published_model():
+    config = load_config("DiMR-XL-2R_imagenet256")
+    branches = cost.branch_costs(utils.build_network_on_meta(config), tuple(config.z_shape))
+    assert sum(branch.parameters for branch in branches) == 505_046_408
+    assert sum(branch.multiply_adds for branch in branches) / 1e9 == pytest.approx(160.18, abs=0.01)
+
+
+def test_memory_of_recomputation_by_hand():
+    """Recomputing everything keeps little more than the input of each block."""
+    config = load_config("digits")
+    with cost.fake_model():
+        nnet = utils.build_network(config).train()
+        none = cost.training_memory(nnet, tuple(config.z_shape), "no", averages=1)
+        nnet.recompute(1)
+        every = cost.training_memory(nnet, tuple(config.z_shape), "no", averages=1)
+        nnet.recompute(1, keep_products=True)
+        products = cost.training_memory(nnet, tuple(config.z_shape), "no", averages=1)
+    n_weights = sum(p.numel() for p in nnet.parameters())
+    assert none.state == every.state == 20 * n_weights  # weights, gradients, two moments, one average
+    streams = 4 * ((5 + 1) * 17 * 128 + (3 + 1) * 64 * 32)  # float32 inputs of blocks and heads
+    assert streams <= every.per_image < 1.5 * streams
+    assert every.per_image < products.per_image < none.per_image
+    assert none.block == 0 and every.largest_batch(1e9) > none.largest_batch(1e9) > 0
+    assert none.total(none.largest_batch(1e9)) <= 1e9 < none.total(none.largest_batch(1e9) + 1)
+    assert none.largest_batch(0) == 0
+
+
+def test_describe_model_prints_a_report():
+    done = run("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=2")
+    assert done.returncode == 0, done.stderr
+    n_weights = sum(p.numel() for p in utils.build_network_on_meta(load_config("digits")).parameters())
+    assert f"{n_weights:,}" in done.stdout and "largest batch per GPU" in done.stdout and "on 2 GPUs" in done.stdout
+    bad = run("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=0")
+    assert bad.returncode == 1 and bad.stderr.strip().endswith("error: --gpus must be above 0; found 0")
