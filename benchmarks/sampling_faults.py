@@ -31,7 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval as evaluation
 import utils
 from img2npz import img2npz
+from libs.randomness import SampleNoise
 from libs.sample_set import LABELS_FILE, SETTINGS_FILE, SampleSet, SetWriter, balanced_label
+from libs.solvers import dpm_solver_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,28 +193,23 @@ def idle_share(workdir, output, writer, n_samples, seconds_per_call, seconds_to_
     """Idle share of a stand-in device while a set of 256x256 photographs' crops is sampled and written."""
     config = utils.load_config(ROOT / "configs" / "DiMR-XL-2R_imagenet256.py")
     config.sample.update(n_samples=n_samples, sample_steps=50, output=output)
-    device = StandIn()
+    device, schedule = StandIn(), evaluation.sde.get_schedule(config.schedule)
     photo = torch.from_numpy(np.concatenate(load_sample_images().images)[: 2 * 256, : 2 * 256].copy())
-    tiles = photo.view(2, 256, 2, 256, 3).permute(0, 2, 4, 1, 3).reshape(4, 3, 256, 256).float() / 127.5 - 1
+    tiles = photo.view(2, 256, 2, 256, 3).permute(0, 2, 4, 1, 3).reshape(4, 3, 256, 256)
+    pixels = tiles.repeat(config.sample.mini_batch_size // 4 + 1, 1, 1, 1)
 
     def nnet(x, t, y):
         device.work(seconds_per_call)
         return (x * 0.1,)
 
-    def decode(x):
-        device.work(seconds_to_decode)
-        return tiles.repeat(len(x) // 4 + 1, 1, 1, 1)[: len(x)]
+    def sample(indices, labels):
+        noise_model = evaluation.sde.guided_noise_model(nnet, schedule, torch.tensor(labels), 1000, scale=1.4)
+        x = SampleNoise(indices, config.seed, config.z_shape).draw()
+        dpm_solver_fast(noise_model, schedule, x, config.sample.sample_steps)
+        device.work(seconds_to_decode)  # and to make pixels
+        return pixels[: len(indices)]
 
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"),
-        autocast=lambda: torch.autocast("cpu", enabled=False),
-        is_main_process=True,
-        num_processes=1,
-        process_index=0,
-    )
-    schedule = evaluation.sde.get_schedule(config.schedule)
-    autoencoder = SimpleNamespace(decode=decode)
-    sample = utils.make_sampler(config, nnet, 1000, schedule, autoencoder, accelerator, config.sample.sample_steps)
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0)
     folder = workdir / "idle"
     evaluation.SetWriter, own = writer, evaluation.SetWriter
     try:
@@ -284,17 +281,18 @@ def page(args, rows, idle):
     )
     return f"""# Sampling: the same bytes, and no waiting
 
-    OMP_NUM_THREADS=1 python benchmarks/sampling_faults.py --out {args.out}
+    OMP_NUM_THREADS=1 python benchmarks/sampling_faults.py --n_samples {args.n_samples} --out {args.out}
 
 {machine}; PyTorch {torch.__version__}, Python {platform.python_version()}. Seconds include starting the programs and
-depend on what else the machine does{": " + args.note if args.note else ""}.
+depend on what else the machine does{", here: " + args.note if args.note else ""}.
 
 ## One set, however it is made
 
-{args.n_samples} digits in batches of {args.mini_batch_size}, {"trained" if args.nnet_path else "freshly initialised"}
-weights, PNGs and shards. Asserted on the way: every file of a row has the bytes of the first row's, the images of all
-rows make the same `.npz` (SHA-256 below), each index is there once, and the labels are in order. Kills are SIGKILL of
-all processes at random moments, a third of them while they start.
+{args.n_samples} digits in batches of {args.mini_batch_size}, PNGs and shards,
+{"trained" if args.nnet_path else "freshly initialised"} weights.
+Asserted on the way: every file of a row has the bytes of the first row's, the images of all rows make the same `.npz`
+(SHA-256 below), each index is there once, and the labels are in order. Kills are SIGKILL of all processes at random
+moments, a third of them while they start.
 
 | made by | images | npz | seconds | |
 |---|---|---|---|---|
