@@ -210,7 +210,11 @@ def draw(rows: list[tuple[Setting, dict]], scorer, path: Path) -> None:
         axes[2].plot(*zip(*points, strict=True), ".--", color="grey", label="no guidance")
     for axis, name in zip(axes, names, strict=False):
         axis.set(xlabel=f"guidance scale ({most} steps; 1: none)", ylabel=scorer.titles[name])
+    axes[0].set_yscale("log")
     axes[2].set(xlabel="network evaluations", ylabel=scorer.titles[names[0]], xscale="log")
+    steps = sorted({setting.steps for setting, _ in rows})
+    axes[2].set_xticks(steps, steps, minor=False)
+    axes[2].minorticks_off()
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
