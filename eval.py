@@ -135,6 +135,7 @@ def sample_set(
     """Make those of the images `indices` that `folder` lacks, this process's share of them.
 
     A batch with a missing image is made whole, so that its arithmetic is the same, and only what is missing is written.
+    The last one is filled up, so that all have one size and nothing is compiled for another.
     The next batch is begun before the last one has left the device; reading it back, encoding and writing are done by
     threads (see SetWriter).
 
@@ -144,6 +145,7 @@ def sample_set(
     """
     batches = batches_to_make(folder, indices, config.sample, accelerator)
     n_processes, process = accelerator.num_processes, accelerator.process_index
+    size = min(config.sample.mini_batch_size, len(labels))
     progress = tqdm(
         total=len(indices),
         initial=len(indices) - sum(len(common(batch, indices)) for batch in batches),
@@ -158,7 +160,9 @@ def sample_set(
             if process < len(together):
                 batch = together[process]
                 own = common(batch, indices)
-                images = to_host(sample(batch, [labels[i] for i in batch]).permute(0, 2, 3, 1).contiguous())
+                filled = range(batch.start, batch.start + size)
+                images = sample(filled, [labels[min(i, len(labels) - 1)] for i in filled])
+                images = to_host(images.permute(0, 2, 3, 1).contiguous())
                 rows = slice(own.start - batch.start, own.stop - batch.start)
                 writer.put(
                     own,
@@ -272,6 +276,8 @@ def evaluate(
     weights = utils.load_network_weights(nnet, nnet_path)
     weaker, weaker_weights = utils.open_weaker_network(config, accelerator.device)
     autoencoder = utils.open_autoencoder(config, accelerator.device)
+    for network in [nnet, weaker] if weaker else [nnet]:
+        utils.compile_network(network, config.sample.compile, accelerator)
 
     size = utils.image_size(config, autoencoder)
     scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, size)

@@ -186,6 +186,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
     averages = make_averages(nnet, config)
     if settings.sharded:
         sharding.shard(nnet, [average.model for average in averages.values()], device)
+    nnet.recompute(settings.recompute, settings.recompute_keeps_products)
+    utils.compile_network(nnet, settings.compile, accelerator, settings.sharded)
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
     step = resume(workdir / "ckpts", config, nnet, averages, optimizer, scaler)
     batches = StepBatches(

@@ -101,6 +101,31 @@ def build_network_on_meta(config: ml_collections.ConfigDict) -> DiMR:
         return build_network(config)
 
 
+COMPILE = ("auto", "whole", "blocks", "off")
+
+
+def compile_network(nnet: DiMR, how: str, accelerator: accelerate.Accelerator, sharded: bool = False) -> bool:
+    """Have torch.compile translate a network, in place, at its first call of each shape; returns whether it does.
+
+    Without graph breaks, for fixed shapes. Several processes compile block by block, so that the gradients of one block
+    are sent while the next is computed.
+
+    Args:
+        how: one of `COMPILE`; auto is off on CPUs, whole on one GPU and blocks on several.
+    """
+    if how == "auto":
+        several = accelerator.num_processes > 1 or sharded
+        how = "off" if accelerator.device.type == "cpu" else "blocks" if several else "whole"
+    if how == "off":
+        return False
+    upsamplings = [stage.upsample for stage in nnet.stages[1:]]
+    blocks = [block for stage in nnet.stages for block in stage.blocks]
+    for module in [nnet] if how == "whole" else [*upsamplings, *blocks]:
+        # The forward method and not the module, whose hooks (DDP's, FSDP's) stay outside.
+        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+    return True
+
+
 def loss_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
     """config.loss_coeffs, or the published weights when it is None. Raises ValueError for a wrong number of them."""
     n_stages = len(config.nnet.stages)
@@ -208,11 +233,17 @@ def open_weaker_network(
 SAMPLERS = (*SOLVERS, "euler_maruyama_sde", "euler_maruyama_ode")
 
 
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError for a setting that is none of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; found {value!r}")
+
+
 def check_sampling(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for sampling settings that cannot work, before anything is loaded."""
     sample = config.sample
-    if sample.algorithm not in SAMPLERS:
-        raise ValueError(f"config.sample.algorithm must be one of {', '.join(SAMPLERS)}; found {sample.algorithm!r}")
+    for name, allowed in (("algorithm", SAMPLERS), ("output", OUTPUTS), ("compile", COMPILE)):
+        check_choice(f"config.sample.{name}", sample[name], allowed)
     if sample.algorithm.startswith("euler_maruyama") and config.schedule == "sd":
         raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
     if sample.order not in (1, 2, 3):
@@ -224,8 +255,6 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
     for name in ("n_samples", "mini_batch_size"):
         if sample[name] < 1:
             raise ValueError(f"config.sample.{name} must be at least 1; found {sample[name]}")
-    if sample.output not in OUTPUTS:
-        raise ValueError(f"config.sample.output must be one of {', '.join(OUTPUTS)}; found {sample.output!r}")
     sde.check_guidance(sample.scale, sample.scale_pow, sample.interval)
     if sample.scale > 1 and config.dataset.n_classes == 0 and not sample.autoguidance_path:
         raise ValueError(
@@ -243,10 +272,14 @@ def check_training(config: ml_collections.ConfigDict) -> None:
     for name in ("batch_size", "accumulation", "log_interval", "eval_interval", "save_interval", "keep_last"):
         if config.train[name] < 1:
             raise ValueError(f"config.train.{name} must be at least 1; found {config.train[name]}")
+    if config.train.recompute < 0:
+        raise ValueError(
+            f"config.train.recompute must be 0 (none), 1 (every block) or more; found {config.train.recompute}"
+        )
+    check_choice("config.train.compile", config.train.compile, COMPILE)
     if not 0 <= config.dataset.p_uncond <= 1:
         raise ValueError(f"config.dataset.p_uncond is a probability, 0 to 1; found {config.dataset.p_uncond:g}")
-    if config.wandb.mode not in ("disabled", "offline", "online"):
-        raise ValueError(f"config.wandb.mode must be disabled, offline or online; found {config.wandb.mode!r}")
+    check_choice("config.wandb.mode", config.wandb.mode, ("disabled", "offline", "online"))
 
 
 def make_sampler(

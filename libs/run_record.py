@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Settings that change nothing of what a run computes; the others must be as in its checkpoint.
 FREE_SETTINGS = (
-    r"train\.(n_steps|accumulation|sharded|\w+_interval|keep_last|grid_\w+|fid_\w+|max_skipped)",
+    r"train\.(n_steps|accumulation|sharded|compile|recompute\w*|\w+_interval|keep_last|grid_\w+|fid_\w+|max_skipped)",
     r"(sample|wandb|init)\..*|fid_stat|resume_changes.*",
     r"dataset\.(path|num_workers)|autoencoder\.pretrained_path",  # the store knows its autoencoder
 )

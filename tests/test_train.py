@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import load_config, overrides, run
 from PIL import Image
+from torch._dynamo.backends.debugging import aot_eager
 
 import train as training
 from libs.checkpoint import read_checkpoint
@@ -168,7 +169,7 @@ def test_ema_by_hand():
         ("sample.scale", 0.4, "its 0.4 is --cfg=1.4 here"),
         ("train.log_interval", 0, "config.train.log_interval must be at least 1; found 0"),
         ("dataset.p_uncond", 1.5, "config.dataset.p_uncond is a probability"),
-        ("wandb.mode", "on", "config.wandb.mode must be disabled, offline or online; found 'on'"),
+        ("wandb.mode", "on", "config.wandb.mode must be one of disabled, offline, online; found 'on'"),
         ("schedule", "edm", "config.schedule must be one of sd, vpsde, vpsde_cosine; found 'edm'"),
     ],
 )
@@ -195,3 +196,22 @@ def test_errors_on_the_command_line_are_one_message(tmp_path, flags, message):
     done = run("train.py", *flags, f"--workdir={tmp_path / 'w'}")
     assert done.returncode != 0 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_compiled_training_is_the_same_training(tiny_config, tmp_path, monkeypatch, how):
+    """One graph for all steps and grids, without breaks; the code generator itself is left out, for speed."""
+    training.train(tiny_config, tmp_path / "plain")
+    graphs = []
+
+    def count_and_run(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compiler(f, backend=count_and_run, **kwargs))
+    tiny_config.train.update(compile=how, recompute=2 if how == "whole" else 0)
+    training.train(tiny_config, tmp_path / "compiled")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+    # blocks: those of a kind share a graph (a branch's first may have its input in another layout), and the upsampling
+    assert len(graphs) == 1 if how == "whole" else 3 <= len(graphs) <= 4
