@@ -197,7 +197,7 @@ def report_digits(weights, n_images, out):
         "# Solvers on the trained digits model\n\n"
         f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}; "
         f"`python benchmarks/solvers.py {' '.join(sys.argv[1:])}`, {seconds:.0f} s.\n"
-        f"{n_images} digits, the guidance of configs/digits.py; reference: the released solver, {DIGITS_REFERENCE} \n"
+        f"{n_images} digits, the guidance of configs/digits.py; reference: the released solver, {DIGITS_REFERENCE}\n"
         f"evaluations. Two references are {apart:.1e} apart (grey line): no distance below that is known.\n\n"
         "![Distance against evaluations](solvers_digits.png)\n\n" + "\n".join(lines) + "\n"
     )
