@@ -5,13 +5,14 @@ arrays: a latent store (libs/latents.py) or a tree of images (libs/images.py).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from libs.images import UnreadableImage
 from libs.latents import LatentStore
 from libs.randomness import epoch_order
 from libs.read_ahead import read_ahead
@@ -70,13 +71,20 @@ class StepBatches:
 
 
 class TensorReads:
-    """A data set as PyTorch's loader wants it: a whole batch per request."""
+    """A data set as PyTorch's loader wants it: a whole batch per request.
+
+    What cannot be read comes back as the error itself, to be raised in the training process: raised in a worker, its
+    message would arrive inside a stack trace.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        records, labels = self.dataset.read(indices)
+    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor] | UnreadableImage:
+        try:
+            records, labels = self.dataset.read(indices)
+        except UnreadableImage as error:
+            return error
         return torch.from_numpy(records), torch.from_numpy(labels)
 
 
@@ -97,8 +105,15 @@ def make_loader(dataset, batches: StepBatches, num_workers: int, pin_memory: boo
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # its own: making an iterator draws from the global one otherwise
     )
-    return iter(loader)
+    return _or_raise(iter(loader))
 
 
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_it_is(batch):
     return batch
+
+
+def _or_raise(batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from libs.data import StepBatches, make_loader
 from libs.images import ImageDataset, ImageTree, UnreadableImage, centre_crop, read_image, to_rgb
 
 
@@ -207,3 +208,15 @@ def test_an_unreadable_image_in_training_is_named(tmp_path):
     (tmp_path / "a" / "2.png").write_bytes(b"junk")
     with pytest.raises(UnreadableImage, match=r"2\.png"):
         ImageDataset(tmp_path, 8).read([1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_is_named_in_training_too(tmp_path, num_workers):
+    for i in range(4):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"not a picture")
+    loader = make_loader(ImageDataset(tmp_path, 8), StepBatches(4, 2, seed=0, start_step=0), num_workers, False)
+    with pytest.raises(UnreadableImage) as caught:
+        for _ in range(2):
+            next(loader)
+    assert "2.png" in str(caught.value) and "Traceback" not in str(caught.value)
