@@ -1,0 +1,229 @@
+"""Training and sampling speed of a config's network beside the released recipe and DiT-XL/2, one table per run.
+
+    python benchmarks/speed.py train --config=configs/DiMR-XL-2R_imagenet256.py --batch=64 \
+        --variants=released-no,eager-bf16,compiled-bf16,compiled-bf16-recompute1,dit-bf16
+    python benchmarks/speed.py gradient --config=configs/DiMR-XL-2R_imagenet256.py --batch=2 \
+        --variants=released-no,eager-no
+    python benchmarks/speed.py sample --config=configs/digits.py --batch=50 --steps=20 --variants=released-no,eager-no
+
+"train" times whole training steps (forward, backward, optimiser, one average), "gradient" forward and backward alone,
+"sample" guided sampling without decoding. A variant is WAY-PRECISION[-recomputeK[-products]]: released
+(benchmarks/released_recipe.py), eager, compiled, or dit (diffusers' DiT-XL/2 at its own size); no, bf16 or fp16.
+Variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them. Each is
+compared with the eager float32 network's outputs. The matrix-multiply ceiling is measured in the same run.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+import sde
+import utils
+from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
+from libs.ema import EMA
+from libs.optim import clip_or_skip, make_adamw
+from libs.solvers import dpm_solver_fast
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DiT(torch.nn.Module):
+    """diffusers' DiT-XL/2-256 (675 M parameters), called and answering as a DiMR."""
+
+    def __init__(self):
+        super().__init__()
+        from diffusers import DiTTransformer2DModel
+
+        self.model = DiTTransformer2DModel(sample_size=32, num_layers=28, num_attention_heads=16, attention_head_dim=72)
+        self.null_label = 1000
+
+    def forward(self, x, t, y):
+        time = (t * 1000).long().expand(len(x))
+        return (self.model(x, timestep=time, class_labels=y, return_dict=False)[0][:, : x.shape[1]],)
+
+
+class Variant:
+    """A network made ready to be timed one way."""
+
+    def __init__(self, name: str, nnet, args, config):
+        self.name = name
+        way, precision, *rest = name.split("-")
+        if way not in ("released", "eager", "compiled", "dit") or precision not in DTYPES:
+            raise SystemExit(f"error: no variant {name!r}: expected WAY-PRECISION[-recomputeK[-products]]")
+        self.way, self.dtype, self.args, self.config = way, DTYPES[precision], args, config
+        self.device = torch.device(args.device)
+        if way == "dit":
+            torch.manual_seed(0)
+            self.nnet = DiT()
+        else:
+            self.nnet = ReleasedRecipe(nnet) if way == "released" else copy.deepcopy(nnet)
+        self.nnet.to(self.device).train(args.task != "sample")
+        if rest:
+            self.nnet.recompute(int(rest[0].removeprefix("recompute")), "products" in rest)
+        self.weights = (1.0,) if way == "dit" else utils.loss_weights(config)
+        self.schedule = sde.get_schedule(config.schedule)
+        if way == "compiled":
+            self.nnet.forward = torch.compile(self.nnet.forward, fullgraph=True, dynamic=False)
+        generator = torch.Generator().manual_seed(1)
+        shape = (args.batch, *config.z_shape)
+        n_classes = max(config.dataset.n_classes, 1)
+        self.x = torch.randn(shape, generator=generator).to(self.device)
+        self.eps = torch.randn(shape, generator=generator).to(self.device)
+        self.t = torch.rand(args.batch, generator=generator).to(self.device)
+        self.y = torch.randint(0, n_classes, (args.batch,), generator=generator).to(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if args.task == "train":
+            self.optimizer = make_adamw(self.nnet, 1e-4, (0.99, 0.99), 0.03)
+            self.average = EMA(torch.nn.ModuleList(self.nnet.children()), 0.9999)
+            self.skipped = torch.zeros(2, device=self.device)
+
+    def autocast(self):
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if enabled else contextlib.nullcontext()
+
+    def run(self):
+        """One training step, or one batch of samples."""
+        return {"train": self.step, "gradient": self.gradient, "sample": self.sample}[self.args.task]()
+
+    def gradient(self):
+        self.nnet.zero_grad()
+        with self.autocast():
+            predictions = self.nnet(self.x, self.t, self.y)
+        loss = sde.multi_resolution_loss(predictions, self.eps, self.weights).mean()
+        self.scaler.scale(loss).backward()
+        return loss
+
+    def step(self):
+        loss = self.gradient()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        clip_or_skip(self.optimizer, 0.0, self.skipped)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.average.update(1)
+        if self.way == "released":
+            loss.item()
+        return loss.detach()
+
+    @torch.no_grad()
+    def sample(self):
+        make = two_pass_noise_model if self.way == "released" else sde.guided_noise_model
+        noise_model = make(self.nnet, self.schedule, self.y, self.nnet.null_label, 1.4)
+        with self.autocast():
+            return dpm_solver_fast(noise_model, self.schedule, self.x, self.args.steps, 3)
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def flops(self):
+        """Operations of one `run` that the arithmetic needs: no recomputation, two per multiply-add."""
+        with torch.device("meta"):
+            inputs = self.x[:1].to("meta"), self.t[:1].to("meta"), self.y[:1].to("meta")
+        plain = DiT() if self.way == "dit" else utils.build_network(self.config)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            plain.to("meta")(*inputs)
+        passes = 2 * self.args.steps if self.args.task == "sample" else 3
+        return counter.get_total_flops() * passes * self.args.batch
+
+
+def matmul_ceiling(device, dtype, repeats=3):
+    """FLOP/s of one large matrix product, the best of a few."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        for _ in range(10 if device.type == "cuda" else 1):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - begun) / (10 if device.type == "cuda" else 1))
+    return 2 * n**3 / min(seconds[1:])
+
+
+def deviation(variant, reference):
+    """Largest difference of a variant's outputs (sample: images) from the reference's, over its largest value."""
+    with torch.no_grad(), variant.autocast():
+        found = variant.sample() if variant.args.task == "sample" else variant.nnet(variant.x, variant.t, variant.y)[-1]
+    return ((found.float().cpu() - reference).abs().max() / reference.abs().max()).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["train", "gradient", "sample"])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=250, help="network evaluations per image (sample)")
+    parser.add_argument("--variants", default="released-no,eager-no,eager-bf16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    config, device = utils.load_config(args.config), torch.device(args.device)
+    torch.manual_seed(0)
+    nnet = utils.build_network(config)
+    for parameter in nnet.parameters():  # so that time, gates and norms do something
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+
+    plain = Variant("eager-no", nnet, args, config)
+    with torch.no_grad():
+        reference = plain.sample() if args.task == "sample" else plain.nnet(plain.x, plain.t, plain.y)[-1]
+    reference = reference.float().cpu()
+    del plain
+    variants, differences = [], []
+    for name in args.variants.split(","):
+        variant = Variant(name, nnet, args, config)
+        differences.append(float("nan") if variant.way == "dit" else deviation(variant, reference))
+        variants.append(variant)
+    seconds = {variant.name: [] for variant in variants}
+    memory = {}
+    for number in range(args.rounds + 1):
+        for variant in variants:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            variant.wait()
+            begun = time.perf_counter()
+            variant.run()
+            variant.wait()
+            if number:  # the first warms up
+                seconds[variant.name].append(time.perf_counter() - begun)
+            if device.type == "cuda":
+                memory[variant.name] = torch.cuda.max_memory_allocated() / 1e9
+
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, CPU"
+    print(
+        f"`python benchmarks/speed.py {' '.join(sys.argv[1:])}`\n\n{where}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end; Python "
+        f"{platform.python_version()}, torch {torch.__version__}. {args.rounds} rounds, median (smallest to largest).\n"
+    )
+    print("| variant | seconds | images/s | ratio | TFLOP/s | share of ceiling | peak GB | deviation |")
+    print("|---|---|---|---|---|---|---|---|")
+    ceilings = {dtype: matmul_ceiling(device, dtype) for dtype in {variant.dtype for variant in variants}}
+    first = statistics.median(seconds[variants[0].name])
+    for variant, difference in zip(variants, differences, strict=True):
+        times = seconds[variant.name]
+        median = statistics.median(times)
+        rate = variant.flops() / median
+        print(
+            f"| {variant.name} | {median:.3f} ({min(times):.3f} to {max(times):.3f}) | {args.batch / median:.3g} "
+            f"| {first / median:.2f} | {rate / 1e12:.3f} | {rate / ceilings[variant.dtype]:.0%} "
+            f"| {memory.get(variant.name, float('nan')):.1f} | {difference:.1e} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
