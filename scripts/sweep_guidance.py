@@ -199,7 +199,8 @@ def draw(rows: list[tuple[Setting, dict]], scorer, path: Path) -> None:
     for schedule in schedules:
         own = [row for row in rows if row[0].scale > 1 and row[0].schedule == schedule]
         at_most = sorted((s.scale, scores) for s, scores in own if s.steps == most)
-        at_most = [(1, unguided[most])] * (most in unguided) + at_most
+        if most in unguided:
+            at_most = [(1, unguided[most]), *at_most]
         for axis, name in zip(axes, names, strict=False):
             axis.plot([scale for scale, _ in at_most], [scores[name] for _, scores in at_most], ".-", label=schedule)
         best = own[0][0].scale  # rows come best first
