@@ -214,6 +214,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
         config.wandb.project if config.wandb.mode != "disabled" else "tensorboard",
         init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": utils.config_json(config)}},
     )
+    p_uncond = config.dataset.p_uncond if config.dataset.n_classes else 1.0  # no classes: always the null label
     n_rows = min(settings.grid_classes, max(config.dataset.n_classes, 1))
     grid_labels = [label for label in range(n_rows) for _ in range(settings.grid_per_class)]
     sampled_network = averages[checkpoint.EMA_FILE].model
@@ -243,9 +244,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
             last = part == settings.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
                 x0 = to_network_input(records, own, scaling_factor)
-                by_resolution = resolution_losses(
-                    wrapped, schedule, x0, labels, own, config.dataset.p_uncond, null_label
-                )
+                by_resolution = resolution_losses(wrapped, schedule, x0, labels, own, p_uncond, null_label)
                 loss = loss_weights @ by_resolution  # (B,)
                 accelerator.backward(loss.mean() / settings.accumulation)
             losses.add(by_resolution.detach(), loss.detach(), own.uniform_time)

@@ -179,9 +179,9 @@ def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | N
         return dataset
     if kind == "images":
         channels, height, width = config.z_shape
-        if channels != 3 or height != width:
-            raise ValueError(f"pixel models need config.z_shape (3, size, size); found {tuple(config.z_shape)}")
-        dataset = ImageDataset(path, height, flip=config.dataset.flip)
+        if channels != 3:
+            raise ValueError(f"pixel models need config.z_shape (3, height, width); found {tuple(config.z_shape)}")
+        dataset = ImageDataset(path, (height, width), flip=config.dataset.flip)
         if config.dataset.n_classes not in (0, dataset.n_classes):
             raise ValueError(
                 f"config.dataset.n_classes is {config.dataset.n_classes}, but {path} has {dataset.n_classes} folders"

@@ -5,12 +5,14 @@ Axes: B batch, H W pixels.
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+Size = int | tuple[int, int]  # side of a square, or (height, width), in pixels
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -37,27 +39,43 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's crop (Dhariwal & Nichol 2021): halve by box while the short side is at least twice `size`, resize the
-    short side to `size` bicubically (also upwards, if the picture is smaller), keep the centre.
+def image_size(text: str) -> Size:
+    """A size from the command line: "256", or "256x384" for height x width. Raises ValueError for anything else."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
+        raise ValueError(f"expected a side or HEIGHTxWIDTH in pixels, 1 or more; found {text!r}")
+    height, width = int(match[1]), int(match[2] or match[1])
+    return height if height == width else (height, width)
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """(height, width) of a size."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def centre_crop(image: Image.Image, size: Size) -> np.ndarray:
+    """ADM's crop (Dhariwal & Nichol 2021), of any proportions: halve by box while both sides are at least twice the
+    wanted ones, resize bicubically until the wanted size just fits in (also upwards, if the picture is smaller), keep
+    the centre. For a square that is ADM's own, by the short side.
 
     Args:
         image: PIL image of mode RGB.
-        size: side of the result in pixels.
+        size: of the result.
 
     Returns:
-        uint8 array (size, size, 3).
+        uint8 array (height, width, 3).
     """
-    while min(image.size) >= 2 * size:
+    height, width = sides(size)
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size]
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image)[top : top + height, left : left + width]
 
 
-def read_image(path: str | Path, size: int) -> np.ndarray:
-    """One picture file as uint8 (3, size, size), cropped by `centre_crop`.
+def read_image(path: str | Path, size: Size) -> np.ndarray:
+    """One picture file as uint8 (3, height, width), cropped by `centre_crop`.
 
     The orientation tag of a photo is not applied, as in ADM's statistics. Raises UnreadableImage, naming the file.
     """
@@ -134,11 +152,11 @@ class ImageBatches:
     Args:
         ranges: [(first, one past the last)] pictures of each batch.
 
-    An item is a pair: uint8 (B, 3, resolution, resolution) of the pictures that could be read, and [(index, reason)] of
+    An item is a pair: uint8 (B, 3, height, width) of the pictures that could be read, and [(index, reason)] of
     those that could not.
     """
 
-    def __init__(self, tree: ImageTree, ranges: list[tuple[int, int]], resolution: int):
+    def __init__(self, tree: ImageTree, ranges: list[tuple[int, int]], resolution: Size):
         self.tree, self.ranges, self.resolution = tree, ranges, resolution
 
     def __len__(self) -> int:
@@ -151,7 +169,7 @@ class ImageBatches:
                 images.append(read_image(self.tree.path(i), self.resolution))
             except UnreadableImage as error:
                 unreadable.append((i, str(error)))
-        shape = (0, 3, self.resolution, self.resolution)
+        shape = (0, 3, *sides(self.resolution))
         return np.stack(images) if images else np.empty(shape, np.uint8), unreadable
 
 
@@ -166,14 +184,14 @@ class ImageDataset:
     With flips every picture is two records: record 2i is picture i, record 2i + 1 its mirror image.
 
     Attributes:
-        record_shape: (3, resolution, resolution); records are uint8.
+        record_shape: (3, height, width); records are uint8.
         n_classes, class_names: the classes of the tree.
     """
 
-    def __init__(self, root: str | Path, resolution: int, flip: bool = False):
+    def __init__(self, root: str | Path, resolution: Size, flip: bool = False):
         self.tree = ImageTree(root)
         self.flip = bool(flip)
-        self.record_shape = (3, resolution, resolution)
+        self.record_shape = (3, *sides(resolution))
         self.class_names = self.tree.class_names
         self.n_classes = len(self.class_names)
 
@@ -188,7 +206,7 @@ class ImageDataset:
             if not 0 <= index < len(self):
                 raise IndexError(f"Record {index} asked of {len(self)}")
             image, mirrored = divmod(int(index), 2) if self.flip else (int(index), 0)
-            pixels = read_image(self.tree.path(image), self.record_shape[-1])
+            pixels = read_image(self.tree.path(image), self.record_shape[1:])
             record[...] = pixels[:, :, ::-1] if mirrored else pixels
         labels = self.tree.labels[indices // 2 if self.flip else indices]
         return records, labels.astype(np.int64)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.adm_suite import NpzImages
-from libs.images import ImageBatches, ImageTree, batch_ranges
+from libs.images import ImageBatches, ImageTree, batch_ranges, image_size
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import replacing
 from libs.metrics import GaussianStatistics
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser.add_argument("--images", required=True, help="folder, or .npz with arr_0")
     parser.add_argument("--out", required=True, help=".npz to write")
     parser.add_argument(
-        "--resolution", type=int, help="side of the crop in pixels; a folder needs it, an .npz does not"
+        "--resolution", type=image_size, help="crop in pixels, a side or HEIGHTxWIDTH; a folder needs it, an .npz not"
     )
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="image-reading processes")
@@ -65,7 +65,7 @@ def compute(args) -> None:
     elif args.resolution:
         n_images, batches = folder_batches(args.images, args.resolution, args.batch_size, args.workers)
     else:
-        raise ValueError("A folder of images needs --resolution, the side of the square they are cropped to")
+        raise ValueError("A folder of images needs --resolution, the size they are cropped to")
     if n_images < 2:
         raise ValueError(f"{args.images} holds {n_images} image: a covariance needs two or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

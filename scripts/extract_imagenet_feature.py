@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import load_autoencoder
-from libs.images import ImageBatches, ImageTree, batch_ranges
+from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
 
 CROP = "adm-centre"
@@ -45,7 +45,9 @@ def parse_args(argv=None):
         default="assets/stable-diffusion/autoencoder_kl_ema.pth",
         help="diffusers folder, hub id, or CompVis-named file",
     )
-    parser.add_argument("--resolution", type=int, default=256, help="side of the crop in pixels")
+    parser.add_argument(
+        "--resolution", type=image_size, default=256, help="size of the crop in pixels: a side, or HEIGHTxWIDTH"
+    )
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
     parser.add_argument(
@@ -59,7 +61,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
     args = parser.parse_args(argv)
-    for name in ("resolution", "batch_size", "shard_size"):
+    for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
     return args
@@ -136,13 +138,12 @@ def extract(args, state):
     """Make or complete the store `args.out`, working as one of `state`'s processes. Raises ValueError, OSError."""
     tree = ImageTree(args.images)
     autoencoder = load_autoencoder(args.autoencoder)
-    if args.resolution % autoencoder.downsample:
-        raise ValueError(
-            f"--resolution {args.resolution} is not a multiple of {autoencoder.downsample}, as {args.autoencoder} needs"
-        )
-    side = args.resolution // autoencoder.downsample
+    height, width = sides(args.resolution)
+    factor = autoencoder.downsample
+    if height % factor or width % factor:
+        raise ValueError(f"--resolution {args.resolution} is not a multiple of {factor}, as {args.autoencoder} needs")
     settings = {
-        "record_shape": [2 * autoencoder.latent_channels, side, side],
+        "record_shape": [2 * autoencoder.latent_channels, height // factor, width // factor],
         "dtype": args.dtype,
         "resolution": args.resolution,
         "flips": args.flip,

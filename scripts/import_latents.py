@@ -67,10 +67,11 @@ def import_latents(args) -> None:
     autoencoder = load_autoencoder(args.autoencoder)
     scaled = SCALED[args.format] if args.scaled is None else args.scaled
     first = as_moments(source.read(0, 1), autoencoder, scaled)[0]
+    height, width = (side * autoencoder.downsample for side in first.shape[1:])
     settings = {
         "record_shape": first.shape,
         "dtype": args.dtype,
-        "resolution": first.shape[1] * autoencoder.downsample,
+        "resolution": height if height == width else [height, width],
         "flips": source.flips,
         "crop": "as imported",
         "autoencoder": autoencoder.identity,

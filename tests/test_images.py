@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from libs.data import StepBatches, make_loader
-from libs.images import ImageDataset, ImageTree, UnreadableImage, centre_crop, read_image, to_rgb
+from libs.images import ImageDataset, ImageTree, UnreadableImage, centre_crop, image_size, read_image, to_rgb
 
 
 def random_pixels(height, width, channels=3, seed=0):
@@ -51,6 +51,23 @@ def test_images_smaller_than_the_crop_are_enlarged():
     expected = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC))[:, 8:40]
     assert np.array_equal(centre_crop(image, 32), expected)
     assert centre_crop(Image.new("RGB", (1, 1), (7, 8, 9)), 8).tolist() == [[[7, 8, 9]] * 8] * 8
+
+
+def test_crop_of_any_proportions():
+    """Only cut where one side fits, halved while both sides allow it, enlarged where one is too short."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    assert np.array_equal(centre_crop(Image.fromarray(pixels), (32, 64)), pixels[4:36])
+    assert np.array_equal(centre_crop(Image.fromarray(pixels), (40, 16)), pixels[:, 24:40])
+    means = pixels.reshape(20, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(centre_crop(Image.fromarray(pixels), (20, 30)) - means[:, 1:31]).max() <= 1
+    assert centre_crop(Image.fromarray(pixels), (32, 96)).shape == (32, 96, 3)
+
+
+def test_sizes_on_the_command_line():
+    assert [image_size(text) for text in ("256", "32x64", "64x64")] == [256, (32, 64), 64]
+    for text in ("0", "32x", "-1", "32x0", "a"):
+        with pytest.raises(ValueError, match="expected a side or HEIGHTxWIDTH"):
+            image_size(text)
 
 
 def test_grey_and_bilevel():

@@ -88,6 +88,17 @@ def test_pixel_training(tiny_images, tmp_path):
     assert all(np.isfinite(losses(tmp_path))) and (tmp_path / "samples" / "2.png").exists()
 
 
+def test_unconditional_training_does_not_read_the_labels(tiny_config, tmp_path):
+    """On a store of three classes; without care its labels would be beyond the one class embedding."""
+    tiny_config.dataset.n_classes = 0
+    tiny_config.sample.scale = 1.0
+    tiny_config.train.n_steps = 3
+    training.train(tiny_config, tmp_path)
+    _, tensors = read_checkpoint(tmp_path / "ckpts" / "3.ckpt")
+    assert tensors["nnet.safetensors"]["stages.0.class_embed.weight"].shape == (1, 16)
+    assert all(np.isfinite(losses(tmp_path)))
+
+
 def test_data_order_is_a_function_of_seed_and_step():
     def first(n, **kwargs):
         iterator = iter(StepBatches(50, 12, seed=3, **kwargs))
