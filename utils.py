@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sde
+from configs.common import base
 from libs.adm_suite import Reference, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict
@@ -28,9 +29,10 @@ from libs.images import ImageDataset
 from libs.inception import find_inception
 from libs.latents import LatentStore
 from libs.monitor import peak_flops
+from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
 from libs.sample_set import OUTPUTS
-from libs.solvers import SOLVERS, dpm_solver_fast
+from libs.solvers import SOLVERS
 from libs.transfer import to_device
 
 ROOT = Path(__file__).resolve().parent
@@ -49,6 +51,26 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
 def config_json(config: ml_collections.ConfigDict) -> dict:
     """A config as plain JSON values."""
     return json.loads(config.to_json_best_effort())
+
+
+def config_from_json(values: dict) -> ml_collections.ConfigDict:
+    """The config that `config_json` was given; fields that it did not have get their value of configs/common.py.
+
+    Raises:
+        ValueError: values that are no config of this project.
+    """
+    config, values = base(), json.loads(json.dumps(values), object_hook=_tuples)
+    try:
+        values["nnet"]["stages"] = tuple(ml_collections.ConfigDict(stage) for stage in values["nnet"]["stages"])
+        config.update(values)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"the settings saved with the weights are no config of this project: {error}") from error
+    return config
+
+
+def _tuples(values: dict) -> dict:
+    """JSON's lists as the tuples that configs have."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def build_stages(config: ml_collections.ConfigDict) -> list[StageSpec]:
@@ -311,16 +333,10 @@ def make_sampler(
             nnet, schedule, y, null_label, settings.scale, settings.scale_pow, settings.interval, weaker
         )
         with accelerator.autocast():
-            if settings.algorithm == "dpm_solver":
-                x = dpm_solver_fast(noise_model, schedule, x, steps, settings.order)
-            elif settings.algorithm in SOLVERS:
-                x = SOLVERS[settings.algorithm](noise_model, schedule, x, steps, noise.draw)
-            else:
-                ode = settings.algorithm == "euler_maruyama_ode"
-                x = sde.euler_maruyama(noise_model, schedule, x, steps, ode, noise.draw)
+            x = sde.solve(noise_model, schedule, x, settings.algorithm, steps, settings.order, noise.draw)
         if autoencoder is not None:
             x = autoencoder.decode(x)
-        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return to_uint8(x)
 
     return sample
 

@@ -12,10 +12,12 @@ import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
+from absl import logging
 from einops import rearrange
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +44,9 @@ RENAMES = [
 ]
 
 
+RELEASED = "hf://QHL067/DiMR/DiMR-XL_2R_800epochs.pth"
+
+
 def released_name(name: str) -> str:
     """The released checkpoints' name of one of this project's tensors: stages.0.mlp.w0 ... -> stages.0.block2.w0 ..."""
     for own, released in RENAMES:
@@ -57,6 +62,16 @@ def to_own_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copy a state dict of whole tensors (own or released names) into a model, which may be sharded.
+
+    Raises:
+        ValueError: see `fitting_weights`.
+    """
+    state, own = fitting_weights(model, state, source), model.state_dict()
+    model.load_state_dict({name: cut_like(tensor, own[name]) for name, tensor in state.items()})
+
+
+def fitting_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A state dict in own or released names, in the model's names. The model may be without memory (meta).
 
     Raises:
         ValueError: tensors missing, left over or of another shape, the first few named.
@@ -77,7 +92,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
             f"{source} does not fit this model ({len(problems)} of {len(own)} tensors differ); was it trained with "
             f"another config (--config, config.nnet, config.z_shape)?\n  {shown}{more}"
         )
-    model.load_state_dict({name: cut_like(tensor, own[name]) for name, tensor in state.items()})
+    return {name: state[name] for name in own}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -90,8 +105,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no checkpoint at {path}. Released weights: DiMR-XL_2R_800epochs.pth and DiMR-G_2R_800epochs.pth in the "
-            "Hugging Face repository QHL067/DiMR; a training run's are in <workdir>/ckpts/<step>.ckpt"
+            f"no checkpoint at {path}. Released weights: {RELEASED} or .../DiMR-G_2R_800epochs.pth; a training run's "
+            "are in <workdir>/ckpts/<step>.ckpt"
         )
     if path.suffix == ".safetensors":
         try:
@@ -183,17 +198,92 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights file that `path` stands for: itself, or of a checkpoint folder its EMA weights.
+    """The weights file that `path` stands for, of a folder its EMA weights.
 
-    Takes a file, a checkpoint folder of this project (nnet_ema.safetensors) or of U-ViT style (nnet_ema.pth).
+    Args:
+        path: a file; a checkpoint folder of this project or of U-ViT style; a pipeline folder (libs/pipeline.py); or
+            hf://OWNER/REPOSITORY/FILE, a file of the Hugging Face hub, fetched once and then kept in its cache.
+
+    Raises:
+        FileNotFoundError: a folder without weights, or a hub file that is neither in the cache nor to be fetched.
+        ValueError: a hub address of another form.
     """
+    if str(path).startswith(HUB):
+        return fetch_from_hub(str(path))
     path = Path(path)
     if not path.is_dir():
         return path
-    for name in (EMA_FILE, "nnet_ema.pth"):
+    for name in (EMA_FILE, "nnet_ema.pth", PIPELINE_FILE):
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path} is a folder without {EMA_FILE} or nnet_ema.pth: give a .ckpt folder or a file")
+    for name in (WEIGHTS_FILE, "nnet.pth"):
+        if (path / name).is_file():
+            logging.warning("%s has no EMA weights; taking %s, whose samples are worse", path, name)
+            return path / name
+    raise FileNotFoundError(
+        f"{path} is a folder without {EMA_FILE} or nnet_ema.pth (or {PIPELINE_FILE}): give a .ckpt folder or a file"
+    )
+
+
+HUB = "hf://"
+PIPELINE_FILE = "network/diffusion_pytorch_model.safetensors"
+
+
+def fetch_from_hub(address: str) -> Path:
+    """The local path of hf://OWNER/REPOSITORY/FILE: from the hub's cache, else fetched into it (an interrupted fetch
+    goes on where it was). HF_HUB_OFFLINE=1 and HF_HOME are honoured.
+
+    Raises:
+        ValueError: an address of another form.
+        FileNotFoundError: not in the cache and not to be fetched; says what to fetch and where to put it.
+    """
+    owner, repository, file = (*address.removeprefix(HUB).split("/", 2), "", "")[:3]
+    if not (owner and repository and file):
+        raise ValueError(f"expected hf://OWNER/REPOSITORY/FILE, such as {RELEASED}; found {address}")
+    repository = f"{owner}/{repository}"
+    verbosity = huggingface_hub.logging.get_verbosity()
+    try:  # what was fetched once is used without asking the network again
+        return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=True))
+    except OSError:
+        pass
+    try:
+        huggingface_hub.logging.set_verbosity_error()  # or each of its attempts is a line
+        return Path(huggingface_hub.hf_hub_download(repository, file))
+    except (OSError, ValueError) as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"{file} of the Hugging Face repository {repository} is not on this machine and could not be fetched "
+            f"({reason}): where there is a network run `hf download {repository} {file} --local-dir assets`, copy "
+            f"the file here and give its path, assets/{file}"
+        ) from error
+    finally:
+        huggingface_hub.logging.set_verbosity(verbosity)
+
+
+CONFIG_KEY = "config"  # in the metadata of a safetensors file
+
+
+def saved_settings(weights: Path) -> dict | None:
+    """{"config": the config as JSON values, "step": the training step or None} of a weights file, None if unknown.
+
+    From the file's own metadata (scripts/convert_checkpoint.py writes it), else from the state.json beside it.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        if weights.suffix == ".safetensors":
+            with safe_open(weights, "pt") as file:
+                metadata = file.metadata() or {}
+            if CONFIG_KEY in metadata:
+                return {"config": json.loads(metadata[CONFIG_KEY]), "step": json.loads(metadata.get("step", "null"))}
+        beside = weights.with_name(STATE_FILE)
+        if not beside.is_file():
+            return None
+        state = json.loads(beside.read_text())
+        return {"config": state["config"], "step": state.get("step")}
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"the settings saved with {weights} are damaged: {error}") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

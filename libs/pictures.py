@@ -9,6 +9,11 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] (others are cut off) as uint8, of the same shape."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
