@@ -405,8 +405,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     Args:
         schedule: a key of `SCHEDULES`.
         algorithm, order: of `solve`.
-        num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type: what diffusers' own schedulers call
-            the schedule sd, so that theirs can be made by SomeScheduler.from_config(pipe.scheduler.config).
+        num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample: the schedule sd as
+            diffusers' own schedulers have it, which are made by SomeScheduler.from_config(pipe.scheduler.config).
     """
 
     @register_to_config
@@ -420,8 +420,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.0120,
         beta_schedule: str = "scaled_linear",
         prediction_type: str = "epsilon",
+        clip_sample: bool = False,
     ):
         self.schedule = get_schedule(schedule)
+        self.register_to_config(_use_default_values=[])  # or another scheduler's from_config takes its own defaults
 
     def sample(
         self,

@@ -1,0 +1,248 @@
+"""A trained model in the form of Hugging Face diffusers: one folder, loaded and called as its other pipelines are.
+
+    import sde
+    from libs.pipeline import DiMRPipeline
+
+    pipe = DiMRPipeline.from_pretrained("digits")  # a folder of scripts/convert_checkpoint.py
+    images = pipe(class_labels=[3, "7"], seed=1234).images
+
+`sde` has the noise schedules, the guidance and the solvers. They come in as the pipeline's scheduler, which its folder
+names (sde.SolverScheduler): nothing here imports it, and diffusers takes classes only from modules already imported.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import ClassVar
+
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from libs.autoencoder import Autoencoder
+from libs.class_names import class_label
+from libs.dimr import DiMR, StageSpec
+from libs.pictures import to_uint8
+from libs.randomness import SampleNoise
+
+# The discrete schedule sd, as the configs of diffusers' schedulers call it.
+SD_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+}
+
+SAVED = "saved"  # in place of a value: the one saved with the pipeline
+
+
+class DiMRNetwork(DiMR, ModelMixin, ConfigMixin):
+    """`DiMR`, saved and loaded by diffusers: config.json and diffusion_pytorch_model.safetensors, in our names.
+
+    Args:
+        branches: the fields of each `StageSpec`, coarsest first; the others are as of `DiMR`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        branches: Sequence[dict],  # not `stages`: to diffusers an argument and a submodule of one name are the same
+        channels: int = 4,
+        n_classes: int = 1000,
+        norm_type: str = "TDRMSN",
+        block_grad_to_lowres: bool = False,
+    ):
+        super().__init__(
+            [StageSpec(**branch) for branch in branches], channels, n_classes, norm_type, block_grad_to_lowres
+        )
+
+    @classmethod
+    def of(cls, nnet: DiMR, norm_type: str) -> "DiMRNetwork":
+        """A network with the weights (the same tensors) of another, in eval mode."""
+        with torch.device("meta"):
+            network = cls(
+                [asdict(stage.spec) for stage in nnet.stages],
+                nnet.channels,
+                nnet.n_classes,
+                norm_type,
+                nnet.block_grad_to_lowres,
+            )
+        network.load_state_dict(nnet.state_dict(), assign=True)
+        return network.eval().requires_grad_(False)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what it was trained on: latents, or pixels."""
+        finest = self.stages[-1].spec
+        return self.channels, finest.max_height, finest.max_width
+
+
+class DiMRPipeline(DiffusionPipeline):
+    """From class labels to pictures.
+
+    Args:
+        network: the noise predictor.
+        scheduler: sde.SolverScheduler, or a scheduler of diffusers for the same noise schedule (see `check_scheduler`).
+        vae: autoencoder of a latent model; None: the network works on pixels.
+        schedule: the noise schedule that the network was trained with; None: the scheduler's.
+        id2label: {label: name}, so that classes can be called by their names; their number where there is none.
+        defaults: guidance_scale, guidance_power, guidance_interval and num_inference_steps of a call that gives none.
+    """
+
+    _optional_components: ClassVar[list[str]] = ["vae"]
+
+    def __init__(
+        self,
+        network: DiMRNetwork,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        schedule: str | None = None,
+        id2label: dict | None = None,
+        defaults: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler, vae=vae)
+        schedule = schedule or scheduler.config.get("schedule", "sd")
+        self.register_to_config(schedule=schedule, id2label=id2label, defaults=defaults)
+        names = {int(label): name for label, name in (id2label or {}).items()}
+        self.names = [names.get(label, str(label)) for label in range(network.n_classes)]
+        self.defaults = {"guidance_scale": 1.0, "guidance_power": None, "guidance_interval": None}
+        self.defaults |= {"num_inference_steps": 50, **(defaults or {})}
+        self.autoencoder = Autoencoder(vae) if vae is not None else None  # has latents' scale and range
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "DiMRPipeline":
+        """See diffusers. Raises ValueError where `sde` has not been imported, which the folder's scheduler is from."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            if "sde" not in sys.modules and "sde" in str(error):
+                raise ValueError("`import sde` before DiMRPipeline.from_pretrained: its scheduler is there") from error
+            raise
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int | str] | int | str,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        guidance_power: float | str | None = SAVED,
+        guidance_interval: tuple[float, float] | str | None = SAVED,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample one picture per label.
+
+        Picture i is that of eval.py with config.seed = `seed` for the index indices[i] and the same label, to the bit
+        where the batch is the same too. `--mixed_precision` there is torch.autocast around a call here.
+
+        Args:
+            class_labels: numbers or names; the number of classes itself is no class.
+            guidance_scale: eps = uncond + scale (cond - uncond); 1 is none.
+            num_inference_steps: network evaluations (of diffusers' schedulers: its steps).
+            generator: where noise is drawn from, as in diffusers; in place of `seed` and `indices`.
+            indices: of the pictures in a set; None: 0, 1, ...
+            guidance_power, guidance_interval: power of the power-cosine schedule, and the noise levels (sigma / alpha)
+                at which there is guidance; None: none. For sde.SolverScheduler only.
+            output_type: pil, np (float, B H W 3, in [0, 1]) or pt (uint8, B 3 H W).
+
+        Raises:
+            ValueError: labels, settings or a scheduler that cannot be used.
+        """
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        labels = [class_label(word, self.names) for word in class_labels]
+        indices = range(len(labels)) if indices is None else indices
+        if len(indices) != len(labels):
+            raise ValueError(f"indices must be one per label; found {len(indices)} for {len(labels)} labels")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be pil, np or pt; found {output_type!r}")
+        if self.network.dtype != torch.float32:
+            raise ValueError(
+                f"the network must be in float32 (torch.autocast around the call computes in less); found "
+                f"{self.network.dtype}: leave out torch_dtype"
+            )
+        device = self._execution_device
+        if generator is None:
+            draw = SampleNoise(indices, seed, self.network.sample_shape, device).draw
+        else:
+            shape = (len(labels), *self.network.sample_shape)
+
+            def draw() -> Tensor:
+                return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+        saved = self.defaults
+        scale = saved["guidance_scale"] if guidance_scale is None else guidance_scale
+        steps = saved["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        power = saved["guidance_power"] if guidance_power == SAVED else guidance_power
+        interval = saved["guidance_interval"] if guidance_interval == SAVED else guidance_interval
+        y, null = torch.tensor(labels, device=device), self.network.null_label
+        if hasattr(self.scheduler, "sample"):
+            x = self.scheduler.sample(self.network, y, null, draw(), steps, scale, power, interval, draw)
+        else:
+            if scale != 1 and (power is not None or interval is not None):
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} guides at a constant scale only: set guidance_power=None and "
+                    "guidance_interval=None, or take sde.SolverScheduler"
+                )
+            own = generator if generator is not None else torch.Generator(device).manual_seed(seed)
+            x = self.step_by_step(draw(), y, steps, scale, own)
+        if self.autoencoder is not None:
+            with torch.autocast(device.type, enabled=False):
+                x = self.autoencoder.decode(x.float())
+        return self.as_output(to_uint8(x), output_type, return_dict)
+
+    def step_by_step(self, x: Tensor, y: Tensor, steps: int, scale: float, generator) -> Tensor:
+        """Sample with a scheduler of diffusers, from noise x (B, C, H, W); guidance at a constant scale.
+
+        Its index k is this project's time (k + 1) / N, of which the network is told 2 t - 1 (sde.DiscreteSchedule).
+        """
+        check_scheduler(self.scheduler, self.config.schedule)
+        n = self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(steps, device=x.device)
+        more = {"generator": generator} if takes(self.scheduler.step, "generator") else {}
+        both = torch.cat([y, torch.full_like(y, self.network.null_label)])
+        x = x * self.scheduler.init_noise_sigma
+        for k in self.progress_bar(self.scheduler.timesteps):
+            time = (2 * (k.double() + 1) / n - 1).float().view(1)
+            scaled = self.scheduler.scale_model_input(x, k)
+            if scale == 1:
+                eps = self.network(scaled, time, y)[-1].float()
+            else:
+                eps, uncond = self.network(torch.cat([scaled, scaled]), time, both)[-1].float().chunk(2)
+                eps = torch.lerp(uncond, eps, scale)
+            x = self.scheduler.step(eps, k, x, **more).prev_sample
+        return x
+
+    def as_output(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """uint8 images (B, 3, H, W) in the form asked for."""
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+            images = [Image.fromarray(image) for image in images] if output_type == "pil" else images / 255.0
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def check_scheduler(scheduler: SchedulerMixin, schedule: str) -> None:
+    """Raises ValueError unless a scheduler of diffusers has the network's noise schedule, and that is sd."""
+    name = type(scheduler).__name__
+    if schedule != "sd":
+        raise ValueError(f"{name} has discrete times, but this network's schedule is {schedule}: use SolverScheduler")
+    for key, expected in SD_SCHEDULE.items():
+        if (found := scheduler.config.get(key)) != expected:
+            raise ValueError(
+                f"{name} does not fit this network: expected {key} {expected}, found {found}; make it by "
+                f"{name}.from_config(pipe.scheduler.config)"
+            )
+
+
+def takes(function: Callable, name: str) -> bool:
+    """Has the function a parameter of that name?"""
+    return name in inspect.signature(function).parameters

@@ -1,0 +1,268 @@
+"""Weights from any form into any other: released names, this project's safetensors, a diffusers pipeline.
+
+    python scripts/convert_checkpoint.py WEIGHTS OUT [--config configs/NAME.py]
+
+WEIGHTS is all that --nnet_path takes: a .pth in the released names, a .safetensors, a checkpoint folder (its EMA
+weights), a folder of a pipeline, or hf://OWNER/REPOSITORY/FILE. OUT decides what is made:
+
+    NAME.safetensors   this project's names, the config inside; beside it a model card, README.md
+    NAME.pth           a plain state dict in the released names
+    a folder           a pipeline for libs/pipeline.py, with the autoencoder and the class names; and a model card
+
+Tensors stay as they are, to the bit, in whatever precision they are stored. The config is --config, or else what was
+saved with the weights: inside a .safetensors, in a checkpoint's or pipeline's state.json. For the released files it is
+configs/DiMR-XL-2R_imagenet256.py or configs/DiMR-G-2R_imagenet256.py.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_collections
+import torch
+from absl import logging
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+import sde
+import utils
+from libs.checkpoint import (
+    CONFIG_KEY,
+    PIPELINE_FILE,
+    STATE_FILE,
+    file_digest,
+    find_weights,
+    fitting_weights,
+    read_state_dict,
+    released_name,
+    saved_settings,
+)
+from libs.class_names import class_names
+from libs.pipeline import DiMRNetwork, DiMRPipeline
+
+CARD_FILE = "README.md"
+MARK = "library_name: dimr"
+CARD = """---
+{mark}
+pipeline_tag: unconditional-image-generation
+tags: [diffusion, dimr, class-conditional]
+---
+# {name}
+
+A DiMR, a diffusion model that denoises at several resolutions at once (Liu et al., NeurIPS 2024, arXiv 2406.09416).
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| branches, coarsest first | {branches} |
+| input | {z_shape} ({space}), {n_classes} classes, noise schedule {schedule} |
+| training step | {step} |
+| weights converted from | `{source}` |
+| SHA-256 of that file | `{source_sha256}` |
+| SHA-256 of `{file}` | `{sha256}` |
+
+## Use
+
+```bash
+{use}
+```
+
+## To fill in
+
+Data it was trained on and their licence; scores, each with the command that measured it and the machine; known faults.
+
+## Config
+
+```json
+{config}
+```
+"""
+
+
+@dataclass
+class Model:
+    """Weights in this project's names with what is known of them."""
+
+    state: dict[str, Tensor]
+    config: ml_collections.ConfigDict
+    step: int | None  # of training
+    source: Path
+
+
+def read_model(path: str, config_path: str | None = None) -> Model:
+    """Weights in any form, with their config.
+
+    Raises:
+        ValueError, OSError: no such weights, no config for them, or one that does not fit.
+    """
+    file = find_weights(path)
+    state = read_state_dict(file)
+    saved = saved_settings(file)
+    if config_path is not None:
+        if not Path(config_path).is_file():
+            raise FileNotFoundError(f"no config at --config {config_path}")
+        config = utils.load_config(config_path)
+    elif saved is not None:
+        config = utils.config_from_json(saved["config"])
+    else:
+        raise ValueError(f"no config is saved with {file}: give the one it was trained with as --config")
+    state = fitting_weights(utils.build_network_on_meta(config), state, str(file))
+    return Model(state, config, saved and saved["step"], file)
+
+
+def write_safetensors(model: Model, out: Path) -> None:
+    """One file in this project's names, with the config and the training step in its metadata."""
+    metadata = {CONFIG_KEY: json.dumps(utils.config_json(model.config)), "step": json.dumps(model.step)}
+    with whole(out) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in model.state.items()}, temporary, metadata)
+
+
+def write_released(model: Model, out: Path) -> None:
+    """One file in the released names, such as the released code loads."""
+    with whole(out) as temporary:
+        torch.save({released_name(name): tensor for name, tensor in model.state.items()}, temporary)
+
+
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A path to write a file or folder to, which is named `out` at the end; after an error nothing is left of it."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove(temporary)
+    try:
+        yield temporary
+        temporary.replace(out)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def build_pipeline(model: Model) -> DiMRPipeline:
+    """The pipeline of a model and its config's autoencoder, sampling as the config says.
+
+    Raises:
+        ValueError, OSError: sampling settings that a pipeline has not, or an autoencoder that is not there.
+    """
+    config, sample = model.config, model.config.sample
+    utils.check_sampling(config)
+    if sample.autoguidance_path:
+        raise ValueError("a pipeline has no second network: set config.sample.autoguidance_path to none")
+    autoencoder = utils.open_autoencoder(config, torch.device("cpu"))
+    nnet = utils.build_network_on_meta(config)
+    nnet.load_state_dict(model.state, assign=True)
+    return DiMRPipeline(
+        DiMRNetwork.of(nnet, config.nnet.norm_type),
+        sde.SolverScheduler(config.schedule, sample.algorithm, sample.order),
+        autoencoder.vae if autoencoder else None,
+        config.schedule,
+        dict(enumerate(class_names(config.dataset.n_classes))),
+        {
+            "guidance_scale": sample.scale,
+            "guidance_power": sample.scale_pow,
+            "guidance_interval": sample.interval,
+            "num_inference_steps": sample.sample_steps,
+        },
+    )
+
+
+def write_pipeline(model: Model, out: Path) -> None:
+    """A folder for DiMRPipeline.from_pretrained; beside the weights a state.json with the config."""
+    pipe = build_pipeline(model)
+    with whole(out) as temporary:
+        # one file, whatever the size: what every other program here reads
+        pipe.save_pretrained(temporary, max_shard_size="1TB")
+        state = {"step": model.step, "config": utils.config_json(model.config)}
+        (temporary / PIPELINE_FILE).with_name(STATE_FILE).write_text(json.dumps(state, indent=1))
+        write_card(model, temporary / PIPELINE_FILE, temporary / CARD_FILE, out)
+
+
+def write_card(model: Model, weights: Path, card: Path, out: Path) -> None:
+    """Fill in the model card `card` of what is at `out`."""
+    stages = utils.build_stages(model.config)
+    config = model.config
+    if out.suffix == ".safetensors":
+        use = f"python scripts/sample.py --nnet_path {out.name} --classes 1,2,3 --grid out.png"
+    else:
+        use = (
+            "python -c 'import sde; from libs.pipeline import DiMRPipeline; "
+            f'DiMRPipeline.from_pretrained("{out.name}")([1]).images[0].save("out.png")\''
+        )
+    text = CARD.format(
+        mark=MARK,
+        name=out.stem,
+        parameters=sum(tensor.numel() for tensor in model.state.values()),
+        branches=", ".join(f"{s.depth} x {s.block_type} {s.dim} on {s.max_height}x{s.max_width}" for s in stages),
+        z_shape="x".join(map(str, config.z_shape)),
+        space="latents" if config.autoencoder.pretrained_path else "pixels",
+        n_classes=config.dataset.n_classes,
+        schedule=config.schedule,
+        step="unknown" if model.step is None else f"{model.step:,}",
+        source=model.source.name,
+        source_sha256=file_digest(model.source),
+        file=weights.name,
+        sha256=file_digest(weights),
+        use=use,
+        config=json.dumps(utils.config_json(config), indent=1),
+    )
+    card.write_text(text)
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError where OUT would write over something that it did not make."""
+    if out.suffix in (".safetensors", ".pth"):
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder: give another name for the file")
+    elif out.exists():
+        raise ValueError(f"{out} exists: give a new folder (or NAME.safetensors or NAME.pth)")
+    card = out.parent / CARD_FILE
+    if out.suffix == ".safetensors" and card.is_file() and MARK not in card.read_text():
+        raise ValueError(f"{card} is there and no model card: put {out.name} into a folder of its own")
+
+
+def convert(weights: str, out: Path, config_path: str | None = None) -> None:
+    """Convert `weights` to what the name of `out` says (see above).
+
+    Raises:
+        ValueError, OSError: weights, config or `out` that cannot be used; nothing is written then.
+    """
+    check_out(out)
+    model = read_model(weights, config_path)
+    if out.suffix == ".safetensors":
+        write_safetensors(model, out)
+        write_card(model, out, out.parent / CARD_FILE, out)
+    elif out.suffix == ".pth":
+        write_released(model, out)
+    else:
+        write_pipeline(model, out)
+    print(f"{out}: {len(model.state)} tensors of {model.source}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", help="file, folder or hf://OWNER/REPOSITORY/FILE")
+    parser.add_argument("out", type=Path, help="NAME.safetensors, NAME.pth or a new folder")
+    parser.add_argument("--config", help="the config it was trained with; what is saved with the weights unless given")
+    arguments = parser.parse_args()
+    logging.use_absl_handler()
+    try:
+        convert(arguments.weights, arguments.out, arguments.config)
+    except (ValueError, OSError) as error:
+        if not utils.raised_by_own_check(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
