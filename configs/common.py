@@ -83,9 +83,9 @@ def base():
     )
 
     config.optimizer = d(
-        lr=2e-4,
+        lr=2e-4,  # of AdamW, once warmed up; constant
         weight_decay=0.03,  # on everything but the time-dependent vectors' w and b
-        betas=(0.99, 0.99),
+        betas=(0.99, 0.99),  # of AdamW's two averages (released)
     )
     config.lr_scheduler = d(
         warmup_steps=5000,  # updates of linear warm-up, then constant
@@ -126,6 +126,6 @@ def base():
 
     config.wandb = d(
         mode="disabled",  # disabled, offline or online; TensorBoard is always written
-        project="dimr",
+        project="dimr",  # where Weights & Biases files the run
     )
     return config

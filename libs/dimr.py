@@ -22,8 +22,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from libs.norms import NORMS, TDLayerNorm
 
-BLOCK_TYPES = ("TransformerBlock", "ConvNeXtBlock")
-
 # What costs most of a block's time and little of its memory: kept by a `keep_products` recomputation.
 PRODUCTS = [
     torch.ops.aten.mm.default,
@@ -43,7 +41,7 @@ class StageSpec:
     Raises ValueError when the values cannot make a branch.
     """
 
-    block_type: str  # "TransformerBlock" or "ConvNeXtBlock"
+    block_type: str  # a key of BLOCKS
     dim: int  # width D
     depth: int  # number of blocks, odd: depth//2 in, one in the middle, depth//2 out
     hidden_dim: int  # width inside the gated MLPs
@@ -55,8 +53,8 @@ class StageSpec:
     head_kernel_size: int = 3  # convolution of the output head
 
     def __post_init__(self):
-        if self.block_type not in BLOCK_TYPES:
-            raise ValueError(f"block_type must be one of {', '.join(BLOCK_TYPES)}; found {self.block_type!r}")
+        if self.block_type not in BLOCKS:
+            raise ValueError(f"block_type must be one of {', '.join(BLOCKS)}; found {self.block_type!r}")
         for name in ("dim", "depth", "hidden_dim", "patch_size", "max_height", "max_width", "num_heads", "kernel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a stage must be at least 1; found {getattr(self, name)}")
@@ -121,6 +119,8 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm attention and gated MLP, both residual. (B, N, D), t (B,) -> (B, N, D)."""
 
+    on_tokens = True
+
     def __init__(self, spec: StageSpec, norm: type[nn.Module]):
         super().__init__()
         self.attn = Attention(spec.dim, spec.num_heads, norm)
@@ -134,6 +134,8 @@ class TransformerBlock(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution (no norm in front) and gated MLP, both residual. (B, h, w, D), t (B,) -> (B, h, w, D)."""
 
+    on_tokens = False
+
     def __init__(self, spec: StageSpec, norm: type[nn.Module]):
         super().__init__()
         self.depthwise = nn.Conv2d(spec.dim, spec.dim, spec.kernel_size, padding=spec.kernel_size // 2, groups=spec.dim)
@@ -143,6 +145,11 @@ class ConvNeXtBlock(nn.Module):
         # Seen as an image, channels-last features are already in the layout that the convolution wants: no copies.
         x = x + rearrange(self.depthwise(rearrange(x, "B h w D -> B D h w")), "B D h w -> B h w D")
         return x + self.mlp(x, t)
+
+
+# A block is made from (spec, norm) and called as block(x, t). Those on tokens get the class token and a list of cells,
+# (B, 1 + h w, D); the others the grid, (B, h, w, D).
+BLOCKS: dict[str, type[nn.Module]] = {"TransformerBlock": TransformerBlock, "ConvNeXtBlock": ConvNeXtBlock}
 
 
 class Upsample(nn.Module):
@@ -181,7 +188,7 @@ class Stage(nn.Module):
 
     Args:
         previous: spec of the next coarser branch, None for the first.
-        n_labels: number of class embeddings, the null class included (TransformerBlock only).
+        n_labels: number of class embeddings, the null class included (blocks on tokens only).
         keep_features: collect what the next branch needs; False for the last branch.
     """
 
@@ -198,11 +205,10 @@ class Stage(nn.Module):
         self.spec = spec
         self.keep_features = keep_features
         self.recompute_every, self.recompute_context = 0, {}
-        transformer = spec.block_type == "TransformerBlock"
-        block = TransformerBlock if transformer else ConvNeXtBlock
+        block = BLOCKS[spec.block_type]
         self.patch_embed = nn.Conv2d(channels, spec.dim, spec.patch_size, stride=spec.patch_size)
         self.pos_embed = nn.Embedding(spec.max_height * spec.max_width, spec.dim)
-        self.class_embed = nn.Embedding(n_labels, spec.dim) if transformer else None
+        self.class_embed = nn.Embedding(n_labels, spec.dim) if block.on_tokens else None
         if previous is not None:
             in_dim = (previous.depth + 1) * previous.dim
             self.upsample = Upsample(in_dim, spec.dim, previous.patch_size // spec.patch_size)
@@ -255,7 +261,7 @@ class Stage(nn.Module):
     def run(self, function, *args, again: bool) -> Tensor:
         """function(*args); in training and with `again`, without keeping its activations (see `DiMR.recompute`)."""
         if again and self.training:
-            return checkpoint(function, *args, use_reentrant=False, **self.recompute_context)
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **self.recompute_context)
         return function(*args)
 
     def to_grid(self, z: Tensor, h: int, w: int) -> Tensor:
