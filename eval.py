@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_collections
+import torch
 from absl import flags, logging
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import sde
 import utils
 from libs.adm_suite import SampledImages, Scores, score_sets
-from libs.checkpoint import file_digest
+from libs.checkpoint import ema_profile, file_digest
 from libs.latents import replacing
 from libs.report import NAMES, write_report
 from libs.sample_set import (
@@ -88,6 +89,7 @@ def sampling_settings(
         "autoencoder": autoencoder.identity["sha256"] if autoencoder else None,
         "mixed_precision": precision,
         **settings,
+        "compile": settings["compile"].removeprefix("off"),
     }
     return {name: value for name, value in settings.items() if value not in (None, "")}
 
@@ -247,6 +249,25 @@ def checkpoint_step(weights: Path) -> int | None:
     return int(folder.stem) if folder.suffix == ".ckpt" and folder.stem.isdigit() else None
 
 
+def open_networks(config: ml_collections.ConfigDict, nnet_path: str, device: torch.device) -> tuple[dict, dict]:
+    """What sampling computes with, ready on `device`, None where there is none, and the files that were read.
+
+    ({"nnet", "weaker", "autoencoder"}, {"nnet", "weaker"}). What config.sample.compile=auto stands for is put in its
+    place: it decides the images' last bits.
+
+    Raises:
+        ValueError, OSError: settings or files that do not fit.
+    """
+    nnet = utils.build_network(config).to(device).eval()
+    weights = utils.load_network_weights(nnet, nnet_path)
+    weaker, weaker_weights = utils.open_weaker_network(config, device)
+    config.sample.compile = utils.choose_compile(config.sample.compile, device)
+    for network in [nnet, weaker] if weaker else [nnet]:
+        utils.compile_network(network, config.sample.compile)
+    autoencoder = utils.open_autoencoder(config, device)
+    return {"nnet": nnet, "weaker": weaker, "autoencoder": autoencoder}, {"nnet": weights, "weaker": weaker_weights}
+
+
 def evaluate(
     config: ml_collections.ConfigDict,
     nnet_path: str,
@@ -272,16 +293,13 @@ def evaluate(
     accelerator = utils.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
-    nnet = utils.build_network(config).to(accelerator.device).eval()
-    weights = utils.load_network_weights(nnet, nnet_path)
-    weaker, weaker_weights = utils.open_weaker_network(config, accelerator.device)
-    autoencoder = utils.open_autoencoder(config, accelerator.device)
-    for network in [nnet, weaker] if weaker else [nnet]:
-        utils.compile_network(network, config.sample.compile, accelerator)
+    networks, files = open_networks(config, nnet_path, accelerator.device)
+    nnet, weaker, autoencoder = networks["nnet"], networks["weaker"], networks["autoencoder"]
+    weights = files["nnet"]
 
     size = utils.image_size(config, autoencoder)
     scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, size)
-    settings = sampling_settings(config, weights, weaker_weights, autoencoder, accelerator.mixed_precision)
+    settings = sampling_settings(config, weights, files["weaker"], autoencoder, accelerator.mixed_precision)
     settings[RANGE] = [chosen.start, chosen.stop]
     check_same_settings(folder, settings)
     accelerator.wait_for_everyone()  # every process has looked before one writes
@@ -289,6 +307,7 @@ def evaluate(
     scores = sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker, chosen, settings)
     if scores:
         sampling = {**settings, "config": config_name, "weights": str(weights), "step": checkpoint_step(weights)}
+        sampling["ema_profile"] = ema_profile(weights)
         sampling |= {"labels": "balanced: index * n_classes // n_samples"}
         report(config, folder, scores, scoring[0], sampling, accelerator.device)
     utils.finish(accelerator)

@@ -14,12 +14,14 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import accelerate
 import ml_collections
 import torch
 from absl import flags, logging
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,9 +72,9 @@ def make_averages(nnet: nn.Module, config: ml_collections.ConfigDict) -> dict[st
     return averages
 
 
-def start_from(nnet: nn.Module, config: ml_collections.ConfigDict) -> None:
-    """Load config.init.path, fitted to this model, and freeze the parameters that config.init.freeze names."""
-    if config.init.path:
+def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: bool = False) -> None:
+    """Load config.init.path, fitted to this model, unless `resuming`; freeze what config.init.freeze names."""
+    if config.init.path and not resuming:
         file = checkpoint.find_weights(config.init.path)
         state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file))
         checkpoint.load_weights(nnet, state, str(file))
@@ -84,21 +86,35 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict) -> None:
         logging.info("frozen by %r: %d tensors", pattern, len(names))
 
 
+def run_settings(config: ml_collections.ConfigDict, accelerator: accelerate.Accelerator, dataset) -> dict:
+    """Everything that decides what a run computes, as nested JSON values, to be compared when it is resumed."""
+    return {
+        "config": utils.config_json(config),
+        "accelerate": {"mixed_precision": accelerator.mixed_precision},
+        "data": {"n_records": len(dataset), "sha256": dataset.digest},
+    }
+
+
 def resume(
-    ckpt_root: Path, config: ml_collections.ConfigDict, nnet: nn.Module, averages: dict[str, EMA], optimizer, scaler
+    ckpt_root: Path, settings: dict, may_change: Sequence[str], nnet: nn.Module, averages: dict, optimizer, scaler
 ) -> int:
-    """Load the newest whole checkpoint, naming damaged ones; returns the step to go on from (0: none).
+    """Load the newest whole checkpoint, naming damaged ones; returns the step to go on from (0: none is there).
+
+    Args:
+        settings: see `run_settings`. may_change: names of those that may differ from the checkpoint's.
 
     Raises:
-        ValueError: it was trained with other settings; the message lists them.
+        ValueError: it was trained with other settings (the message lists them), or none is whole.
     """
-    for folder in checkpoint.checkpoint_folders(ckpt_root):
+    folders = checkpoint.checkpoint_folders(ckpt_root)
+    for folder in folders:
         try:
             state, tensors = checkpoint.read_checkpoint(folder)
         except ValueError as error:
             logging.warning("passed over: %s", error)
             continue
-        run_record.check_same_run(utils.config_json(config), state["config"], config.resume_changes, folder)
+        saved = {name: state.get(name, {}) for name in settings}
+        run_record.check_same_run(settings, saved, may_change, folder)
         checkpoint.load_weights(nnet, tensors[checkpoint.WEIGHTS_FILE], str(folder))
         for name, average in averages.items():
             if name not in tensors:
@@ -111,6 +127,10 @@ def resume(
             logging.warning("%s was written by code %s, this is %s", folder, state["code"], run_record.code_version())
         logging.info("going on from %s", folder)
         return state["step"]
+    if folders:
+        raise ValueError(
+            f"none of the {len(folders)} checkpoints in {ckpt_root} is whole: remove them to start again from step 0"
+        )
     return 0
 
 
@@ -124,22 +144,21 @@ def gather_state(nnet: nn.Module, averages: dict[str, EMA], optimizer, main: boo
     return {file: sharding.gather(tensors, keep=main) for file, tensors in cut.items()}
 
 
-def save(
-    folder: Path, config: ml_collections.ConfigDict, step: int, tensors: dict[str, dict[str, Tensor]], scaler
-) -> bool:
+def save(folder: Path, settings: dict, step: int, tensors: dict[str, dict[str, Tensor]], scaler) -> bool:
     """Write everything that `resume` needs, and remove what config.train no longer keeps; False if it failed.
 
     There is no random state in it: the data order and all noise follow from the seed and the step. A checkpoint that
     cannot be written (a full disk) is lost, the run and the older checkpoints are not.
     """
     state = {"step": step, "scaler": scaler.state_dict() if scaler is not None else None}
-    state |= {"code": run_record.code_version(), "config": utils.config_json(config)}
+    state |= {"code": run_record.code_version(), **settings}
     try:
         checkpoint.save_checkpoint(folder, tensors, state)
     except OSError as error:
         logging.error("checkpoint %s is lost, training goes on: %s", folder, error)
         return False
-    checkpoint.prune_checkpoints(folder.parent, config.train.keep_last, config.train.keep_interval)
+    keep = settings["config"]["train"]
+    checkpoint.prune_checkpoints(folder.parent, step, keep["keep_last"], keep["keep_interval"])
     return True
 
 
@@ -153,6 +172,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
         ValueError, FileNotFoundError: settings or files that do not fit, before anything is written.
         FloatingPointError: too many updates in a row were not finite.
     """
+    with StopRequest() as stop:  # from here on: what comes before the first step can take minutes
+        return run_training(config, workdir, stop)
+
+
+def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: StopRequest) -> int:
+    """`train`, told by `stop` when to end."""
     workdir, settings = Path(workdir), config.train
     log_with = ["tensorboard"] + (["wandb"] if config.wandb.mode != "disabled" else [])
     accelerator = utils.make_accelerator(log_with=log_with, project_dir=str(workdir))
@@ -182,19 +207,28 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
     if settings.fid_interval:
         scoring = utils.open_scoring(config.fid_stat, False, utils.image_size(config, autoencoder))
 
-    start_from(nnet, config)
+    start_from(nnet, config, resuming=bool(checkpoint.checkpoint_folders(workdir / "ckpts")))
     averages = make_averages(nnet, config)
     if settings.sharded:
         sharding.shard(nnet, [average.model for average in averages.values()], device)
     nnet.recompute(settings.recompute, settings.recompute_keeps_products)
-    utils.compile_network(nnet, settings.compile, accelerator, settings.sharded)
+    several = settings.sharded or (n_processes > 1 and not settings.recompute_keeps_products)
+    utils.compile_network(nnet, utils.choose_compile(settings.compile, device, several))
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
-    step = resume(workdir / "ckpts", config, nnet, averages, optimizer, scaler)
+    identity = run_settings(config, accelerator, dataset)
+    step = resume(workdir / "ckpts", identity, config.resume_changes, nnet, averages, optimizer, scaler)
+    steps = gather_object([step])
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}) in "
+            f"{workdir / 'ckpts'}: give a --workdir on a file system that all of them see"
+        )
     batches = StepBatches(
         len(dataset), settings.batch_size, config.seed, step, n_processes, process, settings.accumulation
     )
     if step >= settings.n_steps:
         logging.info("already trained for %d steps: nothing to do", step)
+        (workdir / REQUEUE_FILE).unlink(missing_ok=True)
         del nnet, averages, optimizer
         utils.finish(accelerator)
         return 0
@@ -226,7 +260,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
     loss_weights = torch.tensor(weights, device=device)
     skipped = torch.zeros(2, device=device)  # updates that were not finite: in a row, in all
     saved_step, status = step, 0
-    stop = StopRequest()
     progress = tqdm(total=settings.n_steps, initial=step, unit="step", disable=not main, dynamic_ncols=True)
 
     nnet.train()
@@ -290,7 +323,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
 
         if step % settings.save_interval == 0 or done or stopping:
             tensors = gather_state(nnet, averages, optimizer, main)
-            if main and save(workdir / "ckpts" / f"{step}.ckpt", config, step, tensors, scaler):
+            if main and save(workdir / "ckpts" / f"{step}.ckpt", identity, step, tensors, scaler):
                 saved_step = step
             del tensors
             timer.reset()
@@ -305,18 +338,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
                 log.write(step, {"fid": fid})
             timer.reset()
 
-        if stopping:
+        if stopping and not done:
             status = REQUEUE_STATUS
             break
 
     progress.close()
-    stop.close()
     if main:
         if status:
             (workdir / REQUEUE_FILE).write_text(f"{step}\n")
         logging.info("%s at step %d; weights in %s", "stopped" if status else "trained", step, workdir / "ckpts")
     # The wrapped model and what refers to it go before the processes part (see utils.finish).
-    del nnet, wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample, stop
+    del nnet, wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample
     del sampled_network
     utils.finish(accelerator)
     return status
@@ -356,6 +388,15 @@ def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerat
     config = ml_collections.ConfigDict(config)
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
     config.sample.output = "png"
+    height, width = utils.image_size(config, autoencoder)
+    enough = None
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
+        enough = shutil.disk_usage(folder.parent.parent).free > 2 * config.sample.n_samples * height * width * 3
+        if not enough:
+            logging.error("no FID at this step, training goes on: no room for its images in %s", folder)
+    if not broadcast_object_list([enough])[0]:
+        return None
     scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -8,7 +8,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import accelerate
@@ -27,6 +26,7 @@ from libs.checkpoint import find_weights, load_weights, read_state_dict
 from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
 from libs.inception import find_inception
+from libs.interrupt import TIMEOUT
 from libs.latents import LatentStore
 from libs.monitor import peak_flops
 from libs.pictures import to_uint8
@@ -126,26 +126,24 @@ def build_network_on_meta(config: ml_collections.ConfigDict) -> DiMR:
 COMPILE = ("auto", "whole", "blocks", "off")
 
 
-def compile_network(nnet: DiMR, how: str, accelerator: accelerate.Accelerator, sharded: bool = False) -> bool:
-    """Have torch.compile translate a network, in place, at its first call of each shape; returns whether it does.
+def choose_compile(how: str, device: torch.device, several: bool = False) -> str:
+    """What auto of `COMPILE` stands for: off on CPUs; on GPUs whole, or blocks where `several` train together, so that
+    the gradients of one block are sent while the next is computed."""
+    if how != "auto":
+        return how
+    return "off" if device.type == "cpu" else "blocks" if several else "whole"
 
-    Without graph breaks, for fixed shapes. Several processes compile block by block, so that the gradients of one block
-    are sent while the next is computed.
 
-    Args:
-        how: one of `COMPILE`; auto is off on CPUs, whole on one GPU and blocks on several.
+def compile_network(nnet: DiMR, how: str) -> None:
+    """Have torch.compile translate a network, in place, at its first call of each shape; `how`: whole, blocks or off.
+
+    Without graph breaks, for fixed shapes.
     """
-    if how == "auto":
-        several = accelerator.num_processes > 1 or sharded
-        how = "off" if accelerator.device.type == "cpu" else "blocks" if several else "whole"
-    if how == "off":
-        return False
     upsamplings = [stage.upsample for stage in nnet.stages[1:]]
     blocks = [block for stage in nnet.stages for block in stage.blocks]
-    for module in [nnet] if how == "whole" else [*upsamplings, *blocks]:
+    for module in {"whole": [nnet], "blocks": [*upsamplings, *blocks], "off": []}[how]:
         # The forward method and not the module, whose hooks (DDP's, FSDP's) stay outside.
         module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
-    return True
 
 
 def loss_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
@@ -299,6 +297,17 @@ def check_training(config: ml_collections.ConfigDict) -> None:
             f"config.train.recompute must be 0 (none), 1 (every block) or more; found {config.train.recompute}"
         )
     check_choice("config.train.compile", config.train.compile, COMPILE)
+    if config.train.compile == "whole" and config.train.sharded:
+        raise ValueError(
+            "config.train.compile is whole, which a sharded network cannot be: set config.train.compile=blocks or off, "
+            "or config.train.sharded=False"
+        )
+    by_blocks = config.train.compile == "blocks" or (config.train.compile == "auto" and config.train.sharded)
+    if by_blocks and config.train.recompute and config.train.recompute_keeps_products:
+        raise ValueError(
+            "config.train.recompute_keeps_products has no effect on blocks compiled one by one: set "
+            "config.train.compile=whole (off for a sharded network), or config.train.recompute_keeps_products=False"
+        )
     if not 0 <= config.dataset.p_uncond <= 1:
         raise ValueError(f"config.dataset.p_uncond is a probability, 0 to 1; found {config.dataset.p_uncond:g}")
     check_choice("config.wandb.mode", config.wandb.mode, ("disabled", "offline", "online"))
@@ -384,6 +393,7 @@ def throughput(seconds: float, config: ml_collections.ConfigDict, flops_per_imag
     result = {"images_per_second": images_per_second, "tflops_per_device": flops / 1e12}
     if peak := peak_flops(accelerator.device):
         result["share_of_peak"] = flops / peak
+    if accelerator.device.type == "cuda":
         result["memory_gb"] = torch.cuda.max_memory_allocated(accelerator.device) / 1e9
     return result
 
@@ -393,7 +403,7 @@ def throughput(seconds: float, config: ml_collections.ConfigDict, flops_per_imag
 
 def make_accelerator(**kwargs) -> accelerate.Accelerator:
     """The accelerator of this process. It must be told of a missing GPU, or it takes two processes for two runs."""
-    timeout = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    timeout = accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)
     return accelerate.Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout], **kwargs)
 
 

@@ -261,6 +261,7 @@ def fetch_from_hub(address: str) -> Path:
 
 
 CONFIG_KEY = "config"  # in the metadata of a safetensors file
+PROFILE_KEY = "ema_profile"  # likewise
 
 
 def saved_settings(weights: Path) -> dict | None:
@@ -284,6 +285,21 @@ def saved_settings(weights: Path) -> dict | None:
         return {"config": state["config"], "step": state.get("step")}
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"the settings saved with {weights} are damaged: {error}") from error
+
+
+def ema_profile(weights: Path) -> str:
+    """Which average of a run's weights a file holds, such as "rate 0.9999" or "width 0.05"; "" if that is not known.
+
+    From its name and the config in the state.json beside it, or, of what scripts/posthoc_ema.py made, its metadata.
+    """
+    if named := re.fullmatch(r"nnet_ema_(rate|width)_(.+)\.safetensors", weights.name):
+        return f"{named[1]} {named[2]}"
+    if weights.suffix == ".safetensors":
+        with safe_open(weights, "pt") as file:
+            if profile := (file.metadata() or {}).get(PROFILE_KEY):
+                return profile
+    saved = saved_settings(weights) if weights.name == EMA_FILE else None
+    return f"rate {saved['config']['ema']['rate']:g}" if saved else ""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -331,12 +347,16 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune_checkpoints(root: Path, keep_last: int, keep_interval: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_interval` steps (0: none).
+def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int) -> None:
+    """After one of `step`, remove all but the newest `keep_last` checkpoints and those at multiples of `keep_interval`
+    steps (0: none).
 
-    Also what a process that was killed while it wrote one has left. Not to be called while one is being written.
+    Those of later steps are damaged ones that were passed over: they neither count nor are touched, until the run comes
+    to their step. Also removed is what a process that was killed while it wrote one has left. Not to be called while
+    one is being written.
     """
-    for folder in checkpoint_folders(root)[keep_last:]:
+    whole = [folder for folder in checkpoint_folders(root) if int(folder.stem) <= step]
+    for folder in whole[keep_last:]:
         if not (keep_interval and int(folder.stem) % keep_interval == 0):
             shutil.rmtree(folder)
     for folder in root.glob(".*.ckpt.tmp"):

@@ -195,6 +195,11 @@ class ImageDataset:
         self.class_names = self.tree.class_names
         self.n_classes = len(self.class_names)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the pictures' names, not of their contents."""
+        return self.tree.digest
+
     def __len__(self) -> int:
         return len(self.tree) * (2 if self.flip else 1)
 

@@ -78,6 +78,11 @@ class LatentStore:
                 )
         return store
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the index, which holds the checksums of all files: the same for the same records."""
+        return self.meta["sha256"]
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

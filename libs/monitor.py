@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,

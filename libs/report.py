@@ -35,7 +35,7 @@ N_PICTURES, COLUMNS = 40, 8  # of samples.png
 
 # File names of ADM's references, and of U-ViT's statistics made from them, by the images' side.
 ADM_REFERENCES = {
-    64: ("VIRTUAL_imagenet64_labeled.npz",),
+    64: ("VIRTUAL_imagenet64_labeled.npz", "fid_stats_imagenet64_guided_diffusion.npz"),
     256: ("VIRTUAL_imagenet256_labeled.npz", "fid_stats_imagenet256_guided_diffusion.npz"),
     512: ("VIRTUAL_imagenet512.npz", "fid_stats_imagenet512_guided_diffusion.npz"),
 }

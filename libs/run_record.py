@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Settings that change nothing of what a run computes; the others must be as in its checkpoint.
 FREE_SETTINGS = (
-    r"train\.(n_steps|accumulation|sharded|compile|recompute\w*|\w+_interval|keep_last|grid_\w+|fid_\w+|max_skipped)",
-    r"(sample|wandb|init)\..*|fid_stat|resume_changes.*",
-    r"dataset\.(path|num_workers)|autoencoder\.pretrained_path",  # the store knows its autoencoder
+    r"config\.train\.(n_steps|accumulation|sharded|compile|recompute\w*|\w+_interval|keep_last|max_skipped)",
+    r"config\.train\.(grid|fid)_\w+",
+    r"config\.((sample|wandb)\..*|init\.path|fid_stat|resume_changes.*)",
+    r"config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path)",  # the store knows its autoencoder
 )
 
 
@@ -44,9 +45,9 @@ def check_same_run(settings: dict, saved: dict, may_change: Sequence[str], sourc
         ValueError: they differ in anything that matters; the message lists both values.
     """
     now, then = flat(settings), flat(saved)
-    allowed = FREE_SETTINGS + tuple(re.escape(name) + r"(\..*|\[.*)?" for name in may_change)
+    allowed = FREE_SETTINGS + tuple(r"(config\.)?" + re.escape(name) + r"(\..*|\[.*)?" for name in may_change)
     different = [
-        f"config.{name}: {then.get(name)} there, {now.get(name)} now"
+        f"{name}: {then.get(name)} there, {now.get(name)} now"
         for name in sorted(now.keys() | then.keys())
         if now.get(name) != then.get(name) and not any(re.fullmatch(pattern, name) for pattern in allowed)
     ]

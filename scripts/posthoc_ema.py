@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from libs.checkpoint import checkpoint_folders, read_state_dict
+from libs.checkpoint import PROFILE_KEY, checkpoint_folders, read_state_dict
 from libs.ema import posthoc_weights
 
 
@@ -61,7 +61,8 @@ def main() -> None:
         state = combine(stored, step, arguments.width)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    save_file(state, arguments.out)
+    profile = f"width {arguments.width:g}, reconstructed"
+    save_file(state, arguments.out, metadata={PROFILE_KEY: profile})
     print(f"{arguments.out}: width {arguments.width:g} at step {step} from {len(stored)} stored averages")
 
 

@@ -235,14 +235,9 @@ def sweep(config: ml_collections.ConfigDict, nnet_path: str, out: Path, settings
     accelerator = utils.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
-    nnet = utils.build_network(config).to(accelerator.device).eval()
-    weights = utils.load_network_weights(nnet, nnet_path)
-    weaker, weaker_weights = utils.open_weaker_network(config, accelerator.device)
-    autoencoder = utils.open_autoencoder(config, accelerator.device)
-    loaded = {
-        "networks": {"nnet": nnet, "autoencoder": autoencoder, "weaker": weaker},
-        "files": (weights, weaker_weights),
-    }
+    networks, files = evaluation.open_networks(config, nnet_path, accelerator.device)
+    weights = files["nnet"]
+    loaded = {"networks": networks, "files": (weights, files["weaker"])}
     rows = [(setting, score_of(setting, config, out, loaded, scorer, accelerator)) for setting in settings]
     if accelerator.is_main_process:
         first = next(iter(scorer.titles))

@@ -289,6 +289,15 @@ def test_posthoc_script_on_a_run(tiny_config, tmp_path):
         checkpoint.read_state_dict(p) for p in (out, tmp_path / "ckpts" / "6.ckpt" / "nnet_ema_width_0.1.safetensors")
     )
     assert all(torch.allclose(rebuilt[name], kept[name], atol=1e-5) for name in kept)
+    assert checkpoint.ema_profile(out) == "width 0.1, reconstructed"
+    profiles = {file.name: checkpoint.ema_profile(file) for file in (tmp_path / "ckpts" / "6.ckpt").glob("nnet*")}
+    assert profiles == {
+        "nnet.safetensors": "",
+        "nnet_ema.safetensors": "rate 0.998",
+        "nnet_ema_rate_0.5.safetensors": "rate 0.5",
+        "nnet_ema_width_0.05.safetensors": "width 0.05",
+        "nnet_ema_width_0.1.safetensors": "width 0.1",
+    }
     assert (tmp_path / "ckpts" / "6.ckpt" / "nnet_ema_rate_0.5.safetensors").exists()
     shutil.rmtree(tmp_path / "ckpts")
     done = run("scripts/posthoc_ema.py", "--ckpts", tmp_path / "ckpts", "--width", "0.1", "--out", out)
@@ -301,3 +310,54 @@ def test_ema_is_one_operation_whatever_the_model():
     with torch.profiler.profile() as profile:
         ema.update(1)
     assert sum(event.count for event in profile.key_averages() if event.key == "aten::_foreach_lerp_") == 1
+
+
+def test_pruning_never_trades_a_whole_checkpoint_for_a_damaged_one(tmp_path):
+    for step in (80, 90, 100):
+        (tmp_path / f"{step}.ckpt").mkdir()
+    checkpoint.prune_checkpoints(tmp_path, step=90, keep_last=1, keep_interval=0)  # 100 was passed over
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["100.ckpt", "90.ckpt"]
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun(tiny_config, tmp_path):
+    training.train(tiny_config, tmp_path)
+    for folder in (tmp_path / "ckpts").iterdir():
+        (folder / "nnet.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .*ckpts is whole: remove them"):
+        training.train(tiny_config, tmp_path)
+
+
+def test_other_data_precision_and_frozen_parts_are_refused(tiny_config, tmp_path):
+    training.train(tiny_config, tmp_path)
+    state_file = tmp_path / "ckpts" / "6.ckpt" / "state.json"
+    saved = json.loads(state_file.read_text())
+    assert saved["accelerate"] == {"mixed_precision": "no"} and saved["data"]["n_records"] == 60
+    tiny_config.train.n_steps = 8
+    tiny_config.init.freeze = ("head",)
+    with pytest.raises(ValueError, match=r"config.init.freeze\[0\]: None there, head now"):
+        training.train(tiny_config, tmp_path)
+    tiny_config.init.freeze = ()
+    done = run("train.py", *overrides(tiny_config), f"--workdir={tmp_path}", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert done.returncode == 1 and "accelerate.mixed_precision: no there, bf16 now" in done.stderr
+    records = LatentStore.digest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentStore, "digest", "another")
+        with pytest.raises(ValueError, match=r"data.sha256: [0-9a-f]+ there, another now"):
+            training.train(tiny_config, tmp_path)
+        tiny_config.resume_changes = ("data",)
+        assert training.train(tiny_config, tmp_path) == 0
+    assert LatentStore.digest is records
+
+
+def test_processes_that_see_different_checkpoints_do_not_train(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "gather_object", lambda steps: [*steps, 12])
+    with pytest.raises(ValueError, match=r"found checkpoints of different steps \(0, 12\) in .* file system that all"):
+        training.train(tiny_config, tmp_path)
+    assert not tmp_path.joinpath("metrics.jsonl").exists()
+
+
+def test_a_signal_at_the_last_step_asks_for_nothing_more(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.StopRequest, "agreed", lambda self: True)
+    tiny_config.train.n_steps = 1
+    assert training.train(tiny_config, tmp_path) == 0
+    assert not (tmp_path / "requeue").exists()

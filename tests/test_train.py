@@ -180,6 +180,8 @@ def test_ema_by_hand():
         ("sample.scale", 0.4, "its 0.4 is --cfg=1.4 here"),
         ("train.log_interval", 0, "config.train.log_interval must be at least 1; found 0"),
         ("dataset.p_uncond", 1.5, "config.dataset.p_uncond is a probability"),
+        ("train.compile", "fast", "config.train.compile must be one of auto, whole, blocks, off; found 'fast'"),
+        ("train.recompute", -1, r"config.train.recompute must be 0 \(none\), 1 \(every block\) or more; found -1"),
         ("wandb.mode", "on", "config.wandb.mode must be one of disabled, offline, online; found 'on'"),
         ("schedule", "edm", "config.schedule must be one of sd, vpsde, vpsde_cosine; found 'edm'"),
     ],
