@@ -1,0 +1,190 @@
+"""The diffusers pipeline: eval.py's pixels, loaded in a fresh process without network, and diffusers' own solvers."""
+
+import json
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+from safetensors.torch import save_file
+
+import eval as evaluation
+import sde
+import utils
+from libs.class_names import class_label, class_names
+from libs.pipeline import DiMRPipeline
+from scripts import convert_checkpoint as converting
+
+
+@pytest.fixture
+def weights(tiny_config, tmp_path):
+    """A tiny model with its config inside."""
+    torch.manual_seed(5)
+    tiny_config.sample.update(n_samples=9, mini_batch_size=9)
+    save_weights(tiny_config, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+def save_weights(config, path):
+    """Random weights, large enough that the class shows in the pictures."""
+    state = {name: t + 0.2 * torch.randn(t.shape) for name, t in utils.build_network(config).state_dict().items()}
+    save_file(state, path, {"config": json.dumps(utils.config_json(config))})
+
+
+@pytest.fixture
+def pipe(weights):
+    pipe = converting.build_pipeline(converting.read_model(str(weights)))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def evaluated(config, weights, folder):
+    evaluation.evaluate(config, str(weights), folder)
+    return np.stack([np.asarray(Image.open(folder / f"{i}.png")) for i in range(9)])
+
+
+LOADER = """
+import sys, numpy, sde
+from libs.pipeline import DiMRPipeline
+pipe = DiMRPipeline.from_pretrained(sys.argv[1])
+numpy.save(sys.argv[2], numpy.stack(pipe(class_labels=[0, 0, 0, "1", 1, 1, 2, "2", 2], seed=1234).images))
+"""
+
+
+def test_a_saved_pipeline_gives_the_pixels_of_eval_in_a_fresh_process_offline(tiny_config, weights, pipe, tmp_path):
+    expected = evaluated(tiny_config, weights, tmp_path / "images")
+    assert len(np.unique(expected.reshape(9, -1), axis=0)) == 9
+    converting.convert(str(weights), tmp_path / "pipeline")
+    done = run("-c", LOADER, tmp_path / "pipeline", tmp_path / "a.npy", env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.load(tmp_path / "a.npy"), expected)
+    from_folder = evaluated(tiny_config, tmp_path / "pipeline", tmp_path / "again")  # eval.py takes the folder too
+    assert np.array_equal(from_folder, expected)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiMRPipeline.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(again.network.parameters(), pipe.network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["ddpm", "euler_maruyama_sde"])
+def test_other_settings_of_the_config_are_kept(tiny_config, weights, tmp_path, algorithm):
+    """Noise drawn on the way, another schedule, an interval, pixels without an autoencoder."""
+    continuous = algorithm.startswith("euler")
+    tiny_config.sample.update(algorithm=algorithm, scale=1.7, scale_pow=None, interval=(0.1, 4.0))
+    tiny_config.schedule = "vpsde" if continuous else "sd"
+    if continuous:
+        tiny_config.autoencoder.pretrained_path, tiny_config.z_shape = "", (3, 8, 8)
+    torch.manual_seed(6)
+    save_weights(tiny_config, weights)
+    expected = evaluated(tiny_config, weights, tmp_path / "images")
+    converting.convert(str(weights), tmp_path / "pipeline")
+    pipe = DiMRPipeline.from_pretrained(tmp_path / "pipeline")
+    assert (pipe.vae is None) == continuous
+    images = pipe([0] * 3 + [1] * 3 + [2] * 3, seed=1234).images
+    assert np.array_equal(np.stack(images), expected)
+    if continuous:
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+        with pytest.raises(ValueError, match="DDIMScheduler has discrete times, but this network's schedule is vpsde"):
+            pipe([0], guidance_interval=None)
+
+
+def test_a_call_decides_what_it_is_given(pipe):
+    """Indices, guidance, steps and generators in place of the saved ones."""
+    some = pipe([1, 2], seed=4, indices=[7, 3], guidance_scale=1.0, num_inference_steps=6, output_type="pt").images
+    turned = pipe([2, 1], seed=4, indices=[3, 7], guidance_scale=1.0, num_inference_steps=6, output_type="pt").images
+    assert (some.int() - turned.flip(0).int()).abs().max() <= 1  # a row's arithmetic may depend on its place
+    for other in ({"guidance_scale": 3.0}, {"num_inference_steps": 5}, {"seed": 5}):
+        call = {"seed": 4, "indices": [7, 3], "guidance_scale": 1.0, "num_inference_steps": 6} | other
+        assert not torch.equal(pipe([1, 2], output_type="pt", **call).images, some)
+    drawn = [pipe([1, 2], generator=torch.Generator().manual_seed(s), output_type="np").images for s in (1, 1, 2)]
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    assert drawn[0].shape == (2, 16, 16, 3) and drawn[0].min() >= 0 and drawn[0].max() <= 1
+
+
+class Linear(torch.nn.Module):
+    """In place of a trained network: the exact noise prediction for data of deviation 1/2 around a class's value."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.dtype, self.null_label, self.n_classes = torch.float32, network.null_label, network.n_classes
+        self.sample_shape = network.sample_shape
+
+    def forward(self, x, time, y):
+        t = (time.double() + 1) / 2
+        schedule = sde.get_schedule("sd")
+        alpha, sigma = schedule.log_alpha(t).exp(), schedule.sigma(t)
+        mean = 0.3 * y.double().view(-1, 1, 1, 1)
+        return ((x - alpha * mean) * sigma / (sigma**2 + alpha**2 / 4),)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "bound"),
+    [
+        ("DPMSolverMultistepScheduler", {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"}, 2e-3),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}, 2e-2),
+    ],
+)
+def test_schedulers_of_diffusers_reach_the_exact_solution(pipe, name, settings, bound):
+    """For Gaussian data the guided end point is known. A time grid one index off misses it far more than the bounds."""
+    network = Linear(pipe.network)
+    pipe.register_modules(network=network, vae=None)
+    pipe.autoencoder = None
+    noise = torch.randn(2, *network.sample_shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 2])
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+    found = pipe.step_by_step(noise.clone(), labels, 900, 1.0, torch.Generator().manual_seed(0))
+    schedule = sde.get_schedule("sd")
+    end = torch.tensor(1e-3 if name.startswith("DPM") else 0.0, dtype=torch.float64)
+
+    def deviation(t):
+        return (schedule.sigma(t) ** 2 + schedule.log_alpha(t).exp() ** 2 / 4).sqrt() if t > 0 else torch.tensor(0.5)
+
+    start = torch.tensor(1.0, dtype=torch.float64)
+    mean = 0.3 * labels.view(-1, 1, 1, 1)
+    at_end = 1.0 if end == 0 else schedule.log_alpha(end).exp()
+    exact = at_end * mean + (noise - schedule.log_alpha(start).exp() * mean) * deviation(end) / deviation(start)
+    assert (found - exact).abs().max() < bound
+
+
+def test_schedulers_of_diffusers_make_images_and_clear_errors(pipe):
+    own = pipe([0, 1], seed=1, guidance_power=None, num_inference_steps=100, output_type="pt").images
+    ours = pipe.scheduler
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(ours.config, final_sigmas_type="sigma_min")
+    call = {"seed": 1, "num_inference_steps": 100, "output_type": "pt"}
+    theirs = pipe([0, 1], guidance_power=None, **call).images
+    assert (own.int() - theirs.int()).abs().float().mean() < 1
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler guides at a constant scale only"):
+        pipe([0, 1], **call)
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(ours.config)  # draws noise on the way
+    call |= {"guidance_power": None, "num_inference_steps": 4}
+    assert torch.equal(pipe([0, 1], **call).images, pipe([0, 1], **call).images)
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(
+        ValueError, match=r"DDIMScheduler does not fit this network: expected beta_start 0.00085, found"
+    ):
+        pipe([0, 1], **call)
+
+
+def test_labels_by_number_and_by_name(pipe):
+    names = class_names(1000)
+    assert [class_label(word, names) for word in (207, "207", "golden retriever", " Golden Retriever")] == [207] * 4
+    assert names[0] == "tench" and names[999] == "toilet tissue" and len(set(names)) == 1000
+    assert class_names(3) == ["0", "1", "2"] and class_label(3, class_names(3)) == 3
+    with pytest.raises(ValueError, match=r"no class is called 'retriever'; near it: .*golden retriever"):
+        class_label("retriever", names)
+    with pytest.raises(ValueError, match=r"class labels are 0..3 \(3: no class\); found 4"):
+        pipe([4])
+    with pytest.raises(ValueError, match="indices must be one per label; found 1 for 2"):
+        pipe([0, 1], indices=[3])
+    with pytest.raises(ValueError, match="must be in float32"):
+        pipe.to(torch.bfloat16)([0])
+
+
+def test_without_sde_from_pretrained_says_what_to_import(weights, tmp_path):
+    converting.convert(str(weights), tmp_path / "pipeline")
+    program = f"from libs.pipeline import DiMRPipeline; DiMRPipeline.from_pretrained({str(tmp_path / 'pipeline')!r})"
+    done = run("-c", program)
+    assert done.returncode != 0 and "ValueError: `import sde` before DiMRPipeline.from_pretrained" in done.stderr
+    assert "sde" in sys.modules  # as in every other program here
