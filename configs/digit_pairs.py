@@ -11,7 +11,7 @@ def get_config():
     config.dataset.n_classes = 10
     config.dataset.num_workers = 0
     config.autoencoder.pretrained_path = "assets/digits_autoencoder"
-    config.fid_stat = ""
+    config.fid_stat = "workdir/new_data/pairs_stats.npz"
     config.train.update(n_steps=1000, batch_size=32, eval_interval=250, save_interval=500)
     config.optimizer.update(lr=3e-3, betas=(0.9, 0.99))  # a short run takes larger steps than a long one
     config.lr_scheduler.warmup_steps = 100
