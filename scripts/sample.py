@@ -6,11 +6,11 @@
 
 The second line takes the digits model that scripts/quickstart.sh has trained. Classes are numbers or, of ImageNet's,
 names. The config is what is saved with the weights, unless given. Sample j of class k of the list has the index
-k * per_class + j: with the same seed, batch size and settings it is eval.py's picture of that index and label, to the bit.
+k * per_class + j: with the same seed, batches and settings it is eval.py's picture of that index and label, to the bit.
 
 --columns chooses what varies along a row, of class, sample, guidance and steps; the rest varies down the rows.
---trajectory writes NAME_trajectory.png beside the grid: for the first sample of each class, at times t from 1 (noise) to
-0, what each branch takes the picture to be, x_0 = (x_t - sigma eps) / alpha at its resolution, coarsest first; the
+--trajectory writes NAME_trajectory.png beside the grid: for the first sample of each class, at times t from 1 (noise)
+to 0, what each branch takes the picture to be, x_0 = (x_t - sigma eps) / alpha at its resolution, coarsest first; the
 finest is the one sampled with.
 """
 
@@ -32,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import sde
 import utils
-from libs.checkpoint import checkpoint_folders, find_weights, saved_settings
+from libs.checkpoint import checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label, class_names
 from libs.latents import replacing
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
+from scripts.convert_checkpoint import config_of
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
 AXES = ("class", "sample", "guidance", "steps")
@@ -59,22 +60,12 @@ class Model:
                 )
             nnet_path = folders[0]
         file = find_weights(nnet_path)
-        if config_path is not None:
-            if not Path(config_path).is_file():
-                raise FileNotFoundError(f"no config at --config {config_path}")
-            self.config = utils.load_config(config_path)
-        elif file.is_file() and (saved := saved_settings(file)):
-            self.config = utils.config_from_json(saved["config"])
-        else:
-            self.config = None
+        state = read_state_dict(file)
+        self.config, _ = config_of(file, config_path)
         self.accelerator = utils.make_accelerator()
         device = self.accelerator.device
-        if self.config is None:
-            if not file.is_file():
-                raise FileNotFoundError(f"no weights at --nnet_path {file}")
-            raise ValueError(f"no config is saved with {file}: give the one it was trained with as --config")
         self.nnet = utils.build_network(self.config).to(device).eval().requires_grad_(False)
-        utils.load_network_weights(self.nnet, file)
+        load_weights(self.nnet, state, str(file))
         self.weaker, _ = utils.open_weaker_network(self.config, device)
         self.autoencoder = utils.open_autoencoder(self.config, device)
         self.schedule = sde.get_schedule(self.config.schedule)

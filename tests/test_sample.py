@@ -1,0 +1,115 @@
+"""The sampling front: eval.py's pixels in a grid, what the branches show, errors in one line."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run
+from PIL import Image
+from test_pipeline import save_weights
+
+import eval as evaluation
+import sde
+import utils
+from scripts import convert_checkpoint as converting
+from scripts import sample
+
+
+@pytest.fixture
+def weights(tiny_config, tmp_path):
+    """A tiny model with its config inside; its batches do not divide the set."""
+    torch.manual_seed(5)
+    tiny_config.sample.update(n_samples=9, mini_batch_size=4)
+    save_weights(tiny_config, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+@pytest.fixture
+def model(weights):
+    return sample.Model(str(weights), None)
+
+
+def test_the_pixels_are_those_of_eval_and_of_the_pipeline(tiny_config, weights, model, tmp_path):
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
+    expected = np.stack([np.asarray(Image.open(tmp_path / "images" / f"{i}.png")) for i in range(9)])
+    labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert np.array_equal(model.sample(model.with_settings(None, None, None), labels), expected)
+    pipe = converting.build_pipeline(converting.read_model(str(weights)))
+    piped = pipe(labels[4:8], seed=tiny_config.seed, indices=range(4, 8)).images
+    assert np.array_equal(np.stack(piped), expected[4:8])
+    # from every form of the weights
+    for form in ("released.pth", "pipeline"):
+        converting.convert(str(weights), tmp_path / form)
+        config = tmp_path / "config.py"
+        config.write_text(
+            f"import utils\ndef get_config():\n    return utils.config_from_json({utils.config_json(tiny_config)!r})\n"
+        )
+        other = sample.Model(str(tmp_path / form), str(config) if form == "released.pth" else None)
+        assert np.array_equal(other.sample(other.with_settings(None, None, None), labels), expected)
+
+
+def test_the_program_draws_the_grid_and_the_trajectory(weights, model, tmp_path):
+    """Cells are the pictures enlarged by a whole factor, where their captions say."""
+    grid = tmp_path / "out" / "grid.png"
+    flags = ("--classes", "2,0", "--per_class", 2, "--seed", 0, "--cfg", "1,3", "--steps", "3,5")
+    done = run(
+        "scripts/sample.py", *flags, "--columns", "guidance", "--nnet_path", weights, "--grid", grid, "--trajectory"
+    )
+    assert done.returncode == 0, done.stderr
+    pixels = np.asarray(Image.open(grid))
+    made = {
+        (scale, steps): model.sample(model.with_settings(0, scale, steps), [2, 2, 0, 0])
+        for scale in (1.0, 3.0)
+        for steps in (3, 5)
+    }
+    left = pixels.shape[1] - 2 * 100
+    top = pixels.shape[0] - 8 * 100
+    for r, (index, steps) in enumerate((i, s) for i in range(4) for s in (3, 5)):
+        for c, scale in enumerate((1.0, 3.0)):
+            cell = pixels[top + r * 100 : top + r * 100 + 96, left + c * 100 : left + c * 100 + 96]
+            assert np.array_equal(cell[::6, ::6], made[scale, steps][index])
+    trajectory = np.asarray(Image.open(tmp_path / "out" / "grid_trajectory.png"))
+    assert trajectory.shape[0] - 4 * 100 in range(10, 60)  # two classes, two branches
+    shown = trajectory[-2 * 100 - 4 - 96 : -2 * 100 - 4 : 6]  # (the first class's finest row, at its last column)
+    assert np.array_equal(shown[:, -100:-4:6], made[1.0, 3][0])
+
+
+def test_every_branch_estimates_the_picture_at_its_resolution(model):
+    """From the true noise of each resolution the estimate is the mean of x_0 over its cells."""
+    torch.manual_seed(0)
+    x_0, eps = torch.randn(2, 3, 4, 8, 8)
+    t = torch.tensor(0.4, dtype=torch.float64)
+    x = model.schedule.add_noise(x_0, eps, t.expand(3))
+    for ratio in (1, 2, 4):
+        found = model.estimate(x, t.item(), sde.multi_scale_target(eps, ratio))
+        assert torch.allclose(found, F.avg_pool2d(x_0, ratio), atol=1e-5)
+
+
+def test_the_trajectory_ends_in_the_sample_and_shows_guided_branches(model):
+    config = model.with_settings(3, 2.5, 9)
+    times, pictures, samples = model.trajectory(config, [0, 2], [1, 2])
+    assert len(times) == 8 and times[0] == 1 and times == sorted(set(times), reverse=True)
+    assert [picture.shape for picture in pictures[0]] == [(2, 8, 8, 3), (2, 16, 16, 3)]
+    direct = sample.as_pictures(
+        utils.make_sampler(config, model.nnet, 3, model.schedule, model.autoencoder, model.accelerator, 9)(
+            [0, 2], [1, 2]
+        )
+    )
+    assert np.array_equal(samples, direct)
+    eps = torch.tensor([1.0, 2.0, 5.0, 7.0]).view(4, 1, 1, 1)  # two conditional, two not
+    config.sample.scale_pow = None
+    assert model.guide(eps, 2, 0.5, config.sample).flatten().tolist() == [1 * 2.5 - 5 * 1.5, 2 * 2.5 - 7 * 1.5]
+    assert model.guide(eps, 4, 0.5, config.sample) is eps
+
+
+def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
+    for flags, message in (
+        (("--classes", "dog"), "error: no class is called 'dog'"),
+        (("--classes", "1", "--cfg", "0.5"), "error: the guidance scale must be at least 1"),
+        (("--classes", "1", "--nnet_path", "none.safetensors"), "error: no checkpoint at none.safetensors"),
+    ):
+        done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--grid", tmp_path / "grid.png")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert message in done.stderr and not (tmp_path / "grid.png").exists()
+    with pytest.raises(ValueError, match="--steps must be numbers with commas between; found '1;2'"):
+        sample.numbers("1;2", int, "--steps")
