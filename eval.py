@@ -16,19 +16,22 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import accelerate
 import ml_collections
 import torch
 from absl import flags, logging
 from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import sde
 import utils
-from libs.adm_suite import SampledImages, Scores, score_sets
+from libs.adm_suite import Reference, SampledImages, Scores, score_sets
+from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, file_digest
 from libs.latents import replacing
 from libs.report import NAMES, write_report
@@ -73,7 +76,11 @@ def chosen_indices(config: ml_collections.ConfigDict, indices: str | None, class
 
 
 def sampling_settings(
-    config: ml_collections.ConfigDict, weights: Path, weaker_weights: Path | None, autoencoder, precision: str
+    config: ml_collections.ConfigDict,
+    weights: Path,
+    weaker_weights: Path | None,
+    autoencoder: Autoencoder | None,
+    precision: str,
 ) -> dict:
     """Everything that decides the images of a set, as JSON. What is off (None, "") is left out."""
     settings = utils.config_json(config.sample)
@@ -120,7 +127,9 @@ def begin_set(folder: Path, indices: range, labels: Sequence[int], settings: dic
             file.write(text.encode())
 
 
-def batches_to_make(folder: Path, indices: range, settings: ml_collections.ConfigDict, accelerator) -> list[range]:
+def batches_to_make(
+    folder: Path, indices: range, settings: ml_collections.ConfigDict, accelerator: accelerate.Accelerator
+) -> list[range]:
     """The batches of which `folder` lacks a file. The main process looks and tells the others, so that all agree."""
     unfinished = None
     if accelerator.is_main_process:
@@ -132,7 +141,12 @@ def batches_to_make(folder: Path, indices: range, settings: ml_collections.Confi
 
 
 def sample_set(
-    sample, config: ml_collections.ConfigDict, folder: Path, indices: range, labels: Sequence[int], accelerator
+    sample: Callable[[Sequence[int], Sequence[int]], Tensor],
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    indices: range,
+    labels: Sequence[int],
+    accelerator: accelerate.Accelerator,
 ) -> None:
     """Make those of the images `indices` that `folder` lacks, this process's share of them.
 
@@ -179,11 +193,11 @@ def sample_set(
 def sample_and_score(
     config: ml_collections.ConfigDict,
     folder: Path,
-    nnet,
-    autoencoder,
-    accelerator,
-    scoring=None,
-    weaker=None,
+    nnet: nn.Module,
+    autoencoder: Autoencoder | None,
+    accelerator: accelerate.Accelerator,
+    scoring: tuple[Reference, Path] | None = None,
+    weaker: nn.Module | None = None,
     indices: range | None = None,
     settings: dict | None = None,
 ) -> Scores | None:
@@ -231,7 +245,14 @@ def set_images(config: ml_collections.ConfigDict, folder: Path) -> list[SampledI
     return [SampledImages(folder)]
 
 
-def report(config: ml_collections.ConfigDict, folder: Path, scores: Scores, reference, sampling: dict, device) -> None:
+def report(
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    scores: Scores,
+    reference: Reference,
+    sampling: dict,
+    device: torch.device,
+) -> None:
     """Write the report of a scored set into `<folder>_report` and log the scores."""
     labels = [int(label) for label in (folder / LABELS_FILE).read_text().split()]
     out = folder.with_name(f"{folder.resolve().name}_report")

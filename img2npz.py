@@ -24,7 +24,7 @@ from libs.latents import replacing
 from libs.sample_set import SampleSet, few
 
 
-def npz_shape(path):
+def npz_shape(path: str | Path) -> tuple[int, ...] | None:
     """Shape of the uint8 array `arr_0` in an npz file; None where there is no such file or it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
@@ -35,7 +35,7 @@ def npz_shape(path):
     return shape if dtype == np.uint8 and not fortran_order else None
 
 
-def write_npz(images, out):
+def write_npz(images: SampleSet, out: Path) -> tuple[int, ...]:
     """Stream a SampleSet into `out`; returns the array's shape. Raises ValueError naming the files that are refused."""
     shape = (images.count, *images.size, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -65,7 +65,9 @@ def write_npz(images, out):
     return shape
 
 
-def img2npz(folders, out=None, n_samples=None):
+def img2npz(
+    folders: str | Path | list[str | Path], out: str | Path | None = None, n_samples: int | None = None
+) -> tuple[Path, tuple[int, ...] | None]:
     """Convert a folder, or a list of folders, to `out` (default: the folder's name + .npz).
 
     Returns (out, shape), shape None if kept as is. Raises ValueError.
@@ -88,7 +90,7 @@ def img2npz(folders, out=None, n_samples=None):
     return out, shape
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", default=["saved_images"], help="what eval.py wrote (%(default)s)")
     parser.add_argument("--out", help="file to write (default: the folder's name + .npz)")

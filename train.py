@@ -29,10 +29,13 @@ import eval as evaluation
 import sde
 import utils
 from libs import checkpoint, monitor, pictures, run_record, sharding
-from libs.autoencoder import sample_latents
+from libs.adm_suite import Reference
+from libs.autoencoder import Autoencoder, sample_latents
 from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
+from libs.images import ImageDataset
 from libs.interrupt import REQUEUE_STATUS, StopRequest
+from libs.latents import LatentStore
 from libs.optim import clip_or_skip, make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
 
@@ -86,7 +89,9 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
         logging.info("frozen by %r: %d tensors", pattern, len(names))
 
 
-def run_settings(config: ml_collections.ConfigDict, accelerator: accelerate.Accelerator, dataset) -> dict:
+def run_settings(
+    config: ml_collections.ConfigDict, accelerator: accelerate.Accelerator, dataset: LatentStore | ImageDataset
+) -> dict:
     """Everything that decides what a run computes, as nested JSON values, to be compared when it is resumed."""
     return {
         "config": utils.config_json(config),
@@ -96,7 +101,13 @@ def run_settings(config: ml_collections.ConfigDict, accelerator: accelerate.Acce
 
 
 def resume(
-    ckpt_root: Path, settings: dict, may_change: Sequence[str], nnet: nn.Module, averages: dict, optimizer, scaler
+    ckpt_root: Path,
+    settings: dict,
+    may_change: Sequence[str],
+    nnet: nn.Module,
+    averages: dict,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
 ) -> int:
     """Load the newest whole checkpoint, naming damaged ones; returns the step to go on from (0: none is there).
 
@@ -134,7 +145,9 @@ def resume(
     return 0
 
 
-def gather_state(nnet: nn.Module, averages: dict[str, EMA], optimizer, main: bool) -> dict[str, dict[str, Tensor]]:
+def gather_state(
+    nnet: nn.Module, averages: dict[str, EMA], optimizer: torch.optim.Optimizer, main: bool
+) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint by file; sharded ones whole on the main process. All processes have to call it."""
     cut = {
         checkpoint.WEIGHTS_FILE: nnet.state_dict(),
@@ -144,7 +157,9 @@ def gather_state(nnet: nn.Module, averages: dict[str, EMA], optimizer, main: boo
     return {file: sharding.gather(tensors, keep=main) for file, tensors in cut.items()}
 
 
-def save(folder: Path, settings: dict, step: int, tensors: dict[str, dict[str, Tensor]], scaler) -> bool:
+def save(
+    folder: Path, settings: dict, step: int, tensors: dict[str, dict[str, Tensor]], scaler: torch.amp.GradScaler | None
+) -> bool:
     """Write everything that `resume` needs, and remove what config.train no longer keeps; False if it failed.
 
     There is no random state in it: the data order and all noise follow from the seed and the step. A checkpoint that
@@ -382,7 +397,15 @@ def describe_run(
     )
 
 
-def fid_of_samples(config, folder: Path, nnet: nn.Module, autoencoder, accelerator, scoring, weaker) -> float | None:
+def fid_of_samples(
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    nnet: nn.Module,
+    autoencoder: Autoencoder | None,
+    accelerator: accelerate.Accelerator,
+    scoring: tuple[Reference, Path] | None,
+    weaker: nn.Module | None,
+) -> float | None:
     """FID of config.train.fid_samples images, by the code of eval.py; the images are removed. None but on the main
     process."""
     config = ml_collections.ConfigDict(config)

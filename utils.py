@@ -386,7 +386,9 @@ def open_scoring(reference: str, required: bool, size: tuple[int, int]) -> tuple
     return opened, weights
 
 
-def throughput(seconds: float, config: ml_collections.ConfigDict, flops_per_image: float, accelerator) -> dict:
+def throughput(
+    seconds: float, config: ml_collections.ConfigDict, flops_per_image: float, accelerator: accelerate.Accelerator
+) -> dict:
     """Images per second over all processes, FLOP/s per device (and its share of the peak if known), memory."""
     images_per_second = config.train.batch_size / seconds
     flops = images_per_second * flops_per_image / accelerator.num_processes

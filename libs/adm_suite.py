@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
@@ -277,7 +278,9 @@ def extract_features(network: AdmInception, batches: Iterable[Tensor], name: str
     return SetFeatures(torch.cat(pools), torch.cat(logits), spatial)
 
 
-def features_of(images: ImageSet, network: Callable[[], AdmInception], batch_size: int, state) -> SetFeatures | None:
+def features_of(
+    images: ImageSet, network: Callable[[], AdmInception], batch_size: int, state: Accelerator | PartialState
+) -> SetFeatures | None:
     """Features of a set, made by all processes of `state` (accelerate's), given to the main one; None to the others.
 
     Each process takes a run of the batches, which are the same for any number of processes.
@@ -354,7 +357,11 @@ class Scores:
 
 
 def score_sets(
-    samples: Sequence[ImageSet], reference: Reference, weights: Path, state, batch_size: int = 64
+    samples: Sequence[ImageSet],
+    reference: Reference,
+    weights: Path,
+    state: Accelerator | PartialState,
+    batch_size: int = 64,
 ) -> Scores | None:
     """Score a set of images against a reference, all processes of a run extracting features, the main one scoring.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from libs.images import UnreadableImage
+from libs.images import ImageDataset, UnreadableImage
 from libs.latents import LatentStore
 from libs.randomness import epoch_order
 from libs.read_ahead import read_ahead
@@ -77,7 +77,7 @@ class TensorReads:
     message would arrive inside a stack trace.
     """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: LatentStore | ImageDataset):
         self.dataset = dataset
 
     def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor] | UnreadableImage:
@@ -88,7 +88,9 @@ class TensorReads:
         return torch.from_numpy(records), torch.from_numpy(labels)
 
 
-def make_loader(dataset, batches: StepBatches, num_workers: int, pin_memory: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def make_loader(
+    dataset: LatentStore | ImageDataset, batches: StepBatches, num_workers: int, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The endless (records, labels) of `batches`, in order, read ahead.
 
     A latent store is read by threads, which hand their arrays over as they are; images are decoded by worker

@@ -11,6 +11,7 @@ R number of resolutions.
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from libs.norms import NORMS, TDLayerNorm
@@ -75,12 +77,12 @@ class GatedGELU(torch.autograd.Function):
     """GELU(a) * b with the exact (erf) GELU; keeps a and b alone, and computes GELU(a) again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         return F.gelu(a) * b
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
         return torch.ops.aten.gelu_backward(grad * b, a), grad * F.gelu(a)
 
@@ -258,7 +260,7 @@ class Stage(nn.Module):
             z = self.skips[i - len(self.blocks) // 2 - 1](torch.cat([z, skip], dim=-1))
         return self.blocks[i](z, t)
 
-    def run(self, function, *args, again: bool) -> Tensor:
+    def run(self, function: Callable[..., Tensor], *args, again: bool) -> Tensor:
         """function(*args); in training and with `again`, without keeping its activations (see `DiMR.recompute`)."""
         if again and self.training:
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **self.recompute_context)

@@ -163,7 +163,7 @@ def read_plain_npy(file: str | Path) -> np.ndarray:
     return np.frombuffer(values, dtype).reshape(shape)
 
 
-def load_arrays(data: bytes, name: str | Path):
+def load_arrays(data: bytes, name: str | Path) -> object:
     """Unpickles numbers, numpy arrays and scalars, and tuples and lists of them. Everything else is refused.
 
     An array of objects comes back as a (flat) list. Raises ValueError naming `name`.

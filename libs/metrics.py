@@ -6,7 +6,9 @@ NumPy arrays or tensors (N, D), one row per image. N images, D features, C class
 
 import numpy as np
 import torch
+from torch import Tensor
 
+Features = np.ndarray | Tensor  # (N, D)
 ROWS = 2048  # rows worked on at a time: a tile of distances is then 16 MB, which the allocator keeps
 
 
@@ -24,7 +26,7 @@ class GaussianStatistics:
     def __init__(self):
         self.count, self.mean, self.scatter = 0, None, None
 
-    def update(self, features, name="features"):
+    def update(self, features: Features, name: str = "features") -> None:
         """Take in features (N, D), N >= 1. Raises ValueError, naming `name`, for what are none, or another D."""
         for rows in _checked(features, name, n_least=1).split(ROWS):
             part = GaussianStatistics()
@@ -34,7 +36,7 @@ class GaussianStatistics:
             part.scatter = rows.T @ rows
             self.merge(part)
 
-    def merge(self, other):
+    def merge(self, other: "GaussianStatistics") -> None:
         """Take in what `other` has seen; it stays as it is. Raises ValueError for features of another D."""
         if other.count == 0:
             return
@@ -53,14 +55,14 @@ class GaussianStatistics:
         self.mean += shift * (other.count / total)
         self.count = total
 
-    def mean_and_covariance(self):
+    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """(mu, sigma), float64 arrays (D,) and (D, D); N - 1 in the denominator. Raises ValueError for N < 2."""
         if self.count < 2:
             raise ValueError(f"expected at least 2 images for a covariance; found {self.count}")
         return self.mean.cpu().numpy().copy(), (self.scatter / (self.count - 1)).cpu().numpy()
 
 
-def gaussian_statistics(features):
+def gaussian_statistics(features: Features) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of features.
 
     Args:
@@ -74,7 +76,7 @@ def gaussian_statistics(features):
     return statistics.mean_and_covariance()
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians: |mu1 - mu2|² + tr(S1 + S2 - 2 (S1 S2)^½).
 
     (S1 S2)^½ has the eigenvalues of (S1^½ S2 S1^½)^½, which is symmetric and positive semi-definite, so that its trace
@@ -104,7 +106,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root))
 
 
-def inception_score(logits, split_size=5000):
+def inception_score(logits: Features, split_size: int = 5000) -> float:
     """exp(mean KL(p(y|x) ‖ p(y))) over each run of `split_size` consecutive images, averaged over the runs.
 
     Args:
@@ -120,7 +122,7 @@ def inception_score(logits, split_size=5000):
     return torch.stack(scores).mean().item()
 
 
-def precision_recall(reference, samples, k=3):
+def precision_recall(reference: Features, samples: Features, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
     The manifold of a set is the union of the balls around its points that reach their k-th neighbour in the set.

@@ -6,6 +6,7 @@ Everything is summed on the device and read when a log line is written, so no st
 import time
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +44,7 @@ class LossMeter:
         counts = torch.cat([torch.full((1 + self.n_resolutions,), float(batch), device=sums.device), quartiles.sum(0)])
         self.sums += torch.stack([sums, counts], dim=1)
 
-    def read(self, accelerator) -> dict[str, float]:
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes, and start again. Waits for the device; a collective call."""
         sums, counts = accelerator.reduce(self.sums, reduction="sum").T.tolist()
         self.sums.zero_()

@@ -9,6 +9,7 @@ Axes: B batch, D channels (always last), ... tokens or grid cells.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 RMS_EPS = 1e-8  # added to the root mean square, not under the root
 LAYER_NORM_EPS = 1e-5  # added to the variance
@@ -52,13 +53,13 @@ class ScaledRMS(torch.autograd.Function):
     """x / (||x|| / sqrt(D) + eps) * gain, over the last axis. x (B, ..., D), gain (B or 1, 1, ..., D)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x))
         ctx.save_for_backward(x, norm, gain)
         return (x / (norm * x.shape[-1] ** -0.5 + RMS_EPS) * gain).to(dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, gain = ctx.saved_tensors
         root = x.shape[-1] ** -0.5
         inverse = 1 / (norm * root + RMS_EPS)  # of the denominator
@@ -74,7 +75,7 @@ class ScaledLayerNorm(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) * gain + shift, over the last axis. Shapes as in ScaledRMS."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
         normalised, mean, inverse = torch.native_layer_norm(
             x.to(at_least_float32(x)), x.shape[-1:], None, None, LAYER_NORM_EPS
         )
@@ -82,7 +83,7 @@ class ScaledLayerNorm(torch.autograd.Function):
         return torch.addcmul(shift, normalised, gain).to(dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, inverse, gain = ctx.saved_tensors
         normalised = (x - mean) * inverse
         grad_shift = grad.to(mean.dtype).sum_to_size(gain.shape)

@@ -11,6 +11,7 @@ names (sde.SolverScheduler): nothing here imports it, and diffusers takes classe
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -28,6 +29,8 @@ from libs.class_names import class_label
 from libs.dimr import DiMR, StageSpec
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 # The discrete schedule sd, as the configs of diffusers' schedulers call it.
 SD_SCHEDULE = {
@@ -116,7 +119,7 @@ class DiMRPipeline(DiffusionPipeline):
         self.autoencoder = Autoencoder(vae) if vae is not None else None  # has latents' scale and range
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "DiMRPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DiMRPipeline":
         """See diffusers. Raises ValueError where `sde` has not been imported, which the folder's scheduler is from."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -131,7 +134,7 @@ class DiMRPipeline(DiffusionPipeline):
         class_labels: Sequence[int | str] | int | str,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         guidance_power: float | str | None = SAVED,
@@ -200,7 +203,7 @@ class DiMRPipeline(DiffusionPipeline):
                 x = self.autoencoder.decode(x.float())
         return self.as_output(to_uint8(x), output_type, return_dict)
 
-    def step_by_step(self, x: Tensor, y: Tensor, steps: int, scale: float, generator) -> Tensor:
+    def step_by_step(self, x: Tensor, y: Tensor, steps: int, scale: float, generator: Generators) -> Tensor:
         """Sample with a scheduler of diffusers, from noise x (B, C, H, W); guidance at a constant scale.
 
         Its index k is this project's time (k + 1) / N, of which the network is told 2 t - 1 (sde.DiscreteSchedule).

@@ -12,9 +12,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from libs.latents import LatentStore
+
 
 def read_ahead(
-    dataset, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
+    dataset: LatentStore, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of `dataset`, in order.
 

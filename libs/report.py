@@ -246,6 +246,6 @@ def number(value: float | None, digits: int | None = None) -> str:
     return f"{value:.{digits}f}" if digits else f"{value:g}"
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A JSON value in a Markdown cell."""
     return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from absl import logging
+from accelerate import Accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,7 +102,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def log_to_trackers(accelerator, metrics: dict[str, float], step: int) -> None:
+def log_to_trackers(accelerator: Accelerator, metrics: dict[str, float], step: int) -> None:
     """TensorBoard and Weights & Biases. One that cannot write (a full disk) is given up for the rest of the run."""
     for tracker in list(accelerator.trackers):
         try:

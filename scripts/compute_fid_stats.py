@@ -12,6 +12,7 @@ grow with the number of images.
 import argparse
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.adm_suite import NpzImages
-from libs.images import ImageBatches, ImageTree, batch_ranges, image_size
+from libs.images import ImageBatches, ImageTree, Size, batch_ranges, image_size
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import replacing
 from libs.metrics import GaussianStatistics
@@ -30,7 +31,7 @@ from libs.metrics import GaussianStatistics
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", required=True, help="folder, or .npz with arr_0")
     parser.add_argument("--out", required=True, help=".npz to write")
@@ -42,7 +43,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def folder_batches(folder, resolution, batch_size, workers):
+def folder_batches(folder: str, resolution: Size, batch_size: int, workers: int) -> tuple[int, Iterator[torch.Tensor]]:
     """(number of images, uint8 tensors (B, 3, H, W) one after the other) of a folder."""
     tree = ImageTree(folder)
     ranges = batch_ranges(0, len(tree), batch_size)
@@ -57,7 +58,7 @@ def folder_batches(folder, resolution, batch_size, workers):
     return len(tree), batches()
 
 
-def compute(args) -> None:
+def compute(args: argparse.Namespace) -> None:
     """Write the statistics of `args.images` to `args.out`. Raises ValueError, OSError."""
     if args.images.endswith(".npz"):
         images = NpzImages(args.images)
@@ -82,7 +83,7 @@ def compute(args) -> None:
     print(f"{args.out}: statistics of {n_images} images")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         compute(args)

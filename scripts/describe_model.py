@@ -11,6 +11,7 @@ FLOP/s that one GPU achieves on this model (two per multiply-add): what `train.p
 import sys
 from pathlib import Path
 
+import ml_collections
 from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
@@ -35,7 +36,7 @@ def count(n: float) -> str:
     return f"{n:.0f} "
 
 
-def describe(config, precision: str, memory_gb: float, tflops: float, gpus: int) -> str:
+def describe(config: ml_collections.ConfigDict, precision: str, memory_gb: float, tflops: float, gpus: int) -> str:
     """The report as text. Raises ValueError for a config that makes no model."""
     shape = tuple(config.z_shape)
     nnet = utils.build_network_on_meta(config)

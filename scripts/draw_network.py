@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import ml_collections
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,18 +23,18 @@ PITCH = 2.3  # between rows
 ATTENTION, CONVOLUTION, PLAIN, EDGE = "#cfe0f5", "#d8efd3", "#f1f1f1", "#444444"
 
 
-def box(axes, x: float, y: float, width: float, height: float, text: str, colour: str = PLAIN) -> None:
+def box(axes: plt.Axes, x: float, y: float, width: float, height: float, text: str, colour: str = PLAIN) -> None:
     axes.add_patch(
         FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.08", fc=colour, ec=EDGE, lw=1)
     )
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8, linespacing=1.4)
 
 
-def arrow(axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
     axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": EDGE, "lw": 1.2})
 
 
-def draw(config, title: str, out: Path) -> None:
+def draw(config: ml_collections.ConfigDict, title: str, out: Path) -> None:
     """One row per branch: patches, blocks with long skips, head; the features of each row go to the next."""
     with torch.device("meta"):
         nnet = utils.build_network(config)

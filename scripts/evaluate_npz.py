@@ -17,6 +17,7 @@ the CPU.
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import accelerate
@@ -31,7 +32,7 @@ from libs.report import NAMES, usual_mistakes, write_report
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", metavar="REF", help=".npz with images, statistics or kept features")
     parser.add_argument(
@@ -51,7 +52,7 @@ def open_samples(paths: list[str]) -> list[ImageSet]:
     return [SampledImages(*folders)] if folders else [open_set(path) for path in paths]
 
 
-def evaluate(args) -> None:
+def evaluate(args: argparse.Namespace) -> None:
     """Print the scores of `args.samples` and write what was asked for. Raises ValueError, OSError."""
     if args.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1; found {args.batch_size}")
@@ -78,7 +79,7 @@ def evaluate(args) -> None:
     state.destroy_process_group()
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING)
     args = parse_args(argv)
     try:

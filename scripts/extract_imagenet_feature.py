@@ -14,9 +14,11 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +33,12 @@ from libs.autoencoder import load_autoencoder
 from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
 
+Encode = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w)
+T = TypeVar("T")
 CROP = "adm-centre"
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -67,14 +71,22 @@ def parse_args(argv=None):
     return args
 
 
-def encode_batch(encode, images, flip):
+def encode_batch(encode: Encode, images: torch.Tensor, flip: bool) -> np.ndarray:
     """uint8 images (B, 3, H, W) -> moments (B * views, 2C, h, w) in numpy; a mirror image follows its image."""
     if flip:
         images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
     return encode(images.float().div_(127.5).sub_(1)).cpu().numpy()
 
 
-def encode_shards(writer, shards, tree, encode, device, args, show_progress=True):
+def encode_shards(
+    writer: StoreWriter,
+    shards: list[int],
+    tree: ImageTree,
+    encode: Encode,
+    device: torch.device,
+    args: argparse.Namespace,
+    show_progress: bool = True,
+) -> list[tuple[int, str]]:
     """Encode and write the given shards of the store.
 
     Reading and cropping run ahead in worker processes, and a finished shard is written by a thread, so that the
@@ -124,7 +136,7 @@ def encode_shards(writer, shards, tree, encode, device, args, show_progress=True
     return all_unreadable
 
 
-def check_space(path, n_bytes):
+def check_space(path: str | Path, n_bytes: int) -> None:
     """Raises OSError if the file system of `path` has less than n_bytes free."""
     free = shutil.disk_usage(path).free
     if free < n_bytes:
@@ -134,7 +146,7 @@ def check_space(path, n_bytes):
         )
 
 
-def extract(args, state):
+def extract(args: argparse.Namespace, state: PartialState) -> None:
     """Make or complete the store `args.out`, working as one of `state`'s processes. Raises ValueError, OSError."""
     tree = ImageTree(args.images)
     autoencoder = load_autoencoder(args.autoencoder)
@@ -175,7 +187,7 @@ def extract(args, state):
     run_on_main(state, lambda: finish(writer, tree, unreadable, failures, args))
 
 
-def prepare(writer, args):
+def prepare(writer: StoreWriter, args: argparse.Namespace) -> list[int] | None:
     """Begin the store or look at what is there. Returns the numbers of the shards to encode, None if it is complete."""
     writer.begin()
     if writer.is_complete():
@@ -192,7 +204,13 @@ def prepare(writer, args):
     return todo
 
 
-def finish(writer, tree, unreadable, failures, args):
+def finish(
+    writer: StoreWriter,
+    tree: ImageTree,
+    unreadable: list[tuple[int, str]],
+    failures: list[str],
+    args: argparse.Namespace,
+) -> None:
     """Complete the store, or say why it is not complete."""
     if unreadable:
         print(f"{len(unreadable)} images cannot be read:", *[reason for _, reason in unreadable], sep="\n  ")
@@ -208,7 +226,7 @@ def finish(writer, tree, unreadable, failures, args):
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
 
 
-def run_on_main(state, function):
+def run_on_main(state: PartialState, function: Callable[[], T]) -> T:
     """What `function` returns on the main process, for all processes. If it fails there, the others end quietly."""
     result, error = None, None
     if state.is_main_process:
@@ -224,7 +242,7 @@ def run_on_main(state, function):
     return result
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     # Processes finish shards at different times: wait for hours, not for the default minutes.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))

@@ -12,6 +12,7 @@ Stopped and started again, it continues.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from libs.latents import DTYPES, LatentStore, StoreWriter
 SCALED = {"uvit": False, "fast-dit": True, "lightningdit": False}  # whether sampled latents are times the scale
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--source", required=True, help="folder of the features")
@@ -61,7 +62,7 @@ def as_moments(values: np.ndarray, autoencoder: Autoencoder, scaled: bool) -> np
     return np.concatenate([means, np.full_like(means, LOGVAR_RANGE[0])], axis=1)
 
 
-def import_latents(args) -> None:
+def import_latents(args: argparse.Namespace) -> None:
     """Make or complete the store `args.out`. Raises ValueError, OSError."""
     source = FORMATS[args.format](args.source)
     autoencoder = load_autoencoder(args.autoencoder)
@@ -99,7 +100,7 @@ def import_latents(args) -> None:
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         import_latents(args)

@@ -6,6 +6,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,13 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.autoencoder import load_autoencoder, sample_latents
+from libs.autoencoder import Autoencoder, load_autoencoder, sample_latents
 from libs.latents import LatentStore
 
 CAPTION_HEIGHT = 16
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("store", help="folder of the latent store")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
@@ -53,7 +54,7 @@ def describe(store: LatentStore) -> str:
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())
 
 
-def draw_samples(store: LatentStore, autoencoder, n: int) -> Image.Image:
+def draw_samples(store: LatentStore, autoencoder: Autoencoder, n: int) -> Image.Image:
     """A sheet of up to n decoded records, evenly spread over the store, each above its class name."""
     indices = np.unique(np.linspace(0, len(store) - 1, n).round().astype(int))
     records, labels = store.read(indices)
@@ -74,7 +75,7 @@ def draw_samples(store: LatentStore, autoencoder, n: int) -> Image.Image:
     return sheet
 
 
-def inspect(args) -> None:
+def inspect(args: argparse.Namespace) -> None:
     store = LatentStore.open(args.store)
     print(describe(store))
     if args.verify:
@@ -87,7 +88,7 @@ def inspect(args) -> None:
         print(f"{'samples':12} {args.png}")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         inspect(args)

@@ -25,7 +25,7 @@ N_HELD_OUT = 500
 SPLIT_SEED = 0
 
 
-def enlarge(digit):
+def enlarge(digit: np.ndarray) -> np.ndarray:
     """One digit (8, 8) of values 0..16 -> (32, 32, 3) uint8, white strokes on black."""
     u = Image.fromarray((digit / 16).astype(np.float32))
     u = np.asarray(u.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
@@ -33,7 +33,7 @@ def enlarge(digit):
     return np.repeat(np.round(255 * grey).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def split_indices(labels):
+def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
     """The fixed stratified split: {"train": indices, "held_out": indices} into `load_digits`, each sorted."""
     train, held_out = train_test_split(
         np.arange(len(labels)), test_size=N_HELD_OUT, stratify=labels, random_state=SPLIT_SEED
@@ -41,7 +41,7 @@ def split_indices(labels):
     return {"train": np.sort(train), "held_out": np.sort(held_out)}
 
 
-def make_digits(out):
+def make_digits(out: str | Path) -> dict[str, int] | None:
     """Write the two trees under `out` unless they are there. Returns {"train": count, "held_out": count} if written.
 
     The trees are made under a temporary name and renamed, so `out` is complete whenever it exists.
@@ -71,7 +71,7 @@ def make_digits(out):
     return {split: len(indices) for split, indices in splits.items()}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="workdir/quickstart/digits", help="folder to write (default: %(default)s)")
     args = parser.parse_args()

@@ -22,6 +22,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -39,6 +40,7 @@ from libs.sample_set import SampleSet
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+Images = tuple[np.ndarray, np.ndarray]  # (N, 32, 32, 3) uint8 and labels (N,)
 IMAGE_SIZE = 32
 N_CLASSES = 10
 N_FEATURES = 64
@@ -51,7 +53,7 @@ class Judge:
     Images are (N, 32, 32, 3) uint8, labels (N,) ints 0..9. The same digits give the same judge on one machine.
     """
 
-    def __init__(self, images, labels):
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
         self.classifier = MLPClassifier((N_FEATURES,), max_iter=300, random_state=0)
         with warnings.catch_warnings():
             # 300 passes end short of the tolerance; more do not classify held-out digits better.
@@ -63,17 +65,17 @@ class Judge:
         """(N, 32, 32, 3) uint8 -> (N, 64): means over 4x4 pixels and the channels, in [0, 1]."""
         return images.reshape(-1, 8, 4, 8, 4, 3).mean(axis=(2, 4, 5)).reshape(-1, 64) / 255
 
-    def accuracy(self, images, labels):
+    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         """Share of images (N, 32, 32, 3) classified as their label."""
         return float(self.classifier.score(self._inputs(images), labels))
 
-    def statistics(self, images):
+    def statistics(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean (64,) and covariance (64, 64) of the hidden layer's activations, after ReLU."""
         hidden = self._inputs(images) @ self.classifier.coefs_[0] + self.classifier.intercepts_[0]
         return gaussian_statistics(np.maximum(hidden, 0))
 
 
-def read_real(root):
+def read_real(root: str | Path) -> Images:
     """A class-per-folder tree -> images (N, 32, 32, 3) uint8 and labels (N,)."""
     tree = real_images.ImageTree(root)
     if len(tree.class_names) != N_CLASSES:
@@ -82,7 +84,7 @@ def read_real(root):
     return np.stack(pixels).transpose(0, 2, 3, 1), tree.labels
 
 
-def read_generated(folder):
+def read_generated(folder: str | Path) -> Images:
     """The folder that eval.py writes -> images (N, 32, 32, 3) uint8 and labels (N,) of class_lab.txt."""
     images = SampleSet(folder)
     label_file = Path(folder) / "class_lab.txt"
@@ -96,12 +98,12 @@ def read_generated(folder):
     return np.concatenate(list(images.batches(256))), np.array(images.labels)
 
 
-def evenly(items, n):
+def evenly(items: np.ndarray, n: int) -> np.ndarray:
     """n of the items, spread evenly in their order: sets sorted by class stay balanced."""
     return items[np.linspace(0, len(items) - 1, n).round().astype(int)]
 
 
-def score(images, labels, real, held_out, judge=None):
+def score(images: np.ndarray, labels: np.ndarray, real: Images, held_out: Images, judge: Judge | None = None) -> dict:
     """The report's scores, without times.
 
     Args:
@@ -127,7 +129,7 @@ def score(images, labels, real, held_out, judge=None):
     }
 
 
-def sample_grid(images, labels, n_columns=10):
+def sample_grid(images: np.ndarray, labels: np.ndarray, n_columns: int = 10) -> np.ndarray:
     """One row per class of its first images -> uint8 (H, W, 3); too few leave black."""
     cell = IMAGE_SIZE * GRID_SCALE + GRID_GAP
     grid = np.zeros((N_CLASSES * cell + GRID_GAP, n_columns * cell + GRID_GAP, 3), np.uint8)
@@ -139,7 +141,7 @@ def sample_grid(images, labels, n_columns=10):
     return grid
 
 
-def read_losses(log):
+def read_losses(log: Path) -> Iterator[tuple]:
     """`metrics.jsonl` of a training run -> (steps, losses); of a step logged again after a resume the later value."""
     try:
         records = [json.loads(line) for line in log.read_text().splitlines()]
@@ -151,7 +153,7 @@ def read_losses(log):
     return zip(*sorted(losses.items()), strict=True)
 
 
-def draw_loss(log, path):
+def draw_loss(log: Path, path: Path) -> None:
     """Plot the losses of a training log, and their running mean over a twentieth of the run, to a PNG."""
     steps, losses = map(np.array, read_losses(log))
     figure, axes = plt.subplots(figsize=(7, 4))
@@ -167,7 +169,7 @@ def draw_loss(log, path):
     plt.close(figure)
 
 
-def write(path, save):
+def write(path: Path, save: Callable) -> None:
     """`save(temporary)`, then rename to `path`: the file is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
@@ -178,14 +180,14 @@ def write(path, save):
         temporary.unlink(missing_ok=True)
 
 
-def is_current(outputs, inputs):
+def is_current(outputs: Sequence[Path], inputs: Sequence[Path]) -> bool:
     """Whether all outputs exist and are newer than all inputs."""
     return all(path.exists() for path in outputs) and (
         min(path.stat().st_mtime for path in outputs) > max(path.stat().st_mtime for path in inputs)
     )
 
 
-def table(report):
+def table(report: dict) -> str:
     """The report as a few aligned lines."""
     rows = [
         ("class accuracy", "generated", "class_accuracy", "{:.3f}"),
@@ -197,7 +199,7 @@ def table(report):
     return "\n".join(f"{name:<18}{of:<24}{form.format(report[key]):>8}" for name, of, key, form in rows)
 
 
-def make_report(args):
+def make_report(args: argparse.Namespace) -> tuple[dict, bool]:
     """Score and write the report and its two pictures, unless they are current. Returns (report, made now?)."""
     started = time.perf_counter()
     out = Path(args.out)
@@ -223,7 +225,7 @@ def make_report(args):
     return report, True
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default="workdir/quickstart/images", help="folder that eval.py wrote")
     parser.add_argument("--digits", default="workdir/quickstart/digits", help="folder that make_digits.py wrote")

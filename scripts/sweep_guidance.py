@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerate
 import matplotlib
 import ml_collections
 from absl import flags, logging
@@ -65,7 +66,7 @@ class Setting:
         return f"scale{self.scale:g}_steps{self.steps}{power}{interval}"
 
 
-def parse(values: list[str], flag: str, kind) -> list:
+def parse(values: list[str], flag: str, kind: type) -> list:
     """The values of a list flag. Raises ValueError naming the flag."""
     try:
         found = [None if value == "none" else kind(value) for value in values]
@@ -103,7 +104,7 @@ class AdmScorer:
         self.reference, self.weights = open_reference(reference), weights
         self.identity = {"reference_sha256": file_digest(self.reference.path), "inception_sha256": file_digest(weights)}
 
-    def __call__(self, folder: Path, accelerator) -> dict | None:
+    def __call__(self, folder: Path, accelerator: accelerate.Accelerator) -> dict | None:
         """Scores of the images in `folder`, by all processes; None but on the main one."""
         scores = score_sets([SampledImages(folder)], self.reference, self.weights, accelerator)
         return scores and scores.values
@@ -118,14 +119,17 @@ class DigitsScorer:
         self.judge = score_digits.Judge(*self.real[0])
         self.identity = {"digits": digits}
 
-    def __call__(self, folder: Path, accelerator) -> dict | None:
+    def __call__(self, folder: Path, accelerator: accelerate.Accelerator) -> dict | None:
         if not accelerator.is_main_process:
             return None
         found = score_digits.score(*score_digits.read_generated(folder), *self.real, self.judge)
         return {name: found[name] for name in self.titles}
 
 
-def choose_scorer(reference: str | None, digits: str, config: ml_collections.ConfigDict):
+Scorer = AdmScorer | DigitsScorer
+
+
+def choose_scorer(reference: str | None, digits: str, config: ml_collections.ConfigDict) -> Scorer:
     """ADM's suite where it is asked for or possible, else the digits'. Raises ValueError, OSError."""
     size = utils.image_size(config, utils.open_autoencoder(config, "cpu"))
     if scoring := utils.open_scoring(reference or config.fid_stat, reference is not None, size):
@@ -138,7 +142,14 @@ def choose_scorer(reference: str | None, digits: str, config: ml_collections.Con
     return DigitsScorer(digits)
 
 
-def score_of(setting: Setting, config, out: Path, loaded: dict, scorer, accelerator) -> dict | None:
+def score_of(
+    setting: Setting,
+    config: ml_collections.ConfigDict,
+    out: Path,
+    loaded: dict,
+    scorer: Scorer,
+    accelerator: accelerate.Accelerator,
+) -> dict | None:
     """Scores of one combination, made or read; None but on the main process.
 
     Args:
@@ -170,7 +181,7 @@ def score_of(setting: Setting, config, out: Path, loaded: dict, scorer, accelera
     return scores
 
 
-def write_tables(rows: list[tuple[Setting, dict]], scorer, out: Path, head: str) -> None:
+def write_tables(rows: list[tuple[Setting, dict]], scorer: Scorer, out: Path, head: str) -> None:
     """sweep.csv and sweep.md, best first."""
     titles = {name: title for name, title in scorer.titles.items() if rows[0][1][name] is not None}
     columns = ("scale", "schedule", "steps", *titles.values())
@@ -188,7 +199,7 @@ def write_tables(rows: list[tuple[Setting, dict]], scorer, out: Path, head: str)
             file.write(content.encode())
 
 
-def draw(rows: list[tuple[Setting, dict]], scorer, path: Path) -> None:
+def draw(rows: list[tuple[Setting, dict]], scorer: Scorer, path: Path) -> None:
     """The first scores against scale, at the most steps; and the first score against steps, of each schedule's best."""
     names = [name for name in ("fid", "inception_score", *scorer.titles) if rows[0][1].get(name) is not None]
     names = list(dict.fromkeys(names))[:2]
@@ -226,7 +237,9 @@ def draw(rows: list[tuple[Setting, dict]], scorer, path: Path) -> None:
     plt.close(figure)
 
 
-def sweep(config: ml_collections.ConfigDict, nnet_path: str, out: Path, settings: list[Setting], scorer) -> list | None:
+def sweep(
+    config: ml_collections.ConfigDict, nnet_path: str, out: Path, settings: list[Setting], scorer: Scorer
+) -> list | None:
     """Score all settings; on the main process write the tables and the plot and return the rows, best first.
 
     Raises:

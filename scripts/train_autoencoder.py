@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
@@ -34,14 +35,14 @@ IMAGE_SIZE = 32
 MAX_SHIFT = 2  # pixels; the digits leave at least this much black around them
 
 
-def read_images(root):
+def read_images(root: str | Path) -> Tensor:
     """A class-per-folder tree -> (N, 3, 32, 32) float32 in [-1, 1], in the order of the paths."""
     tree = ImageTree(root)
     pixels = np.stack([read_image(tree.path(i), IMAGE_SIZE) for i in range(len(tree))])
     return torch.from_numpy(pixels).float() / 127.5 - 1
 
 
-def build_autoencoder():
+def build_autoencoder() -> AutoencoderKL:
     """The autoencoder: 3 x 32 x 32 images to 4 x 8 x 8 latents, 0.41M parameters, 1.6 MB in float32."""
     return AutoencoderKL(
         in_channels=3,
@@ -57,7 +58,7 @@ def build_autoencoder():
     )
 
 
-def shifted(images, generator):
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image of (B, 3, H, W) moved by up to MAX_SHIFT pixels in both directions, black moving in."""
     height, width = images.shape[2:]
     padded = F.pad(images, (MAX_SHIFT,) * 4, value=-1.0)
@@ -65,7 +66,7 @@ def shifted(images, generator):
     return torch.stack([image[:, i : i + height, j : j + width] for image, (i, j) in zip(padded, offsets, strict=True)])
 
 
-def train(images, *, n_steps, batch_size, lr, kl_weight, seed):
+def train(images: Tensor, *, n_steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> AutoencoderKL:
     """Fit an autoencoder to `images` (N, 3, H, W) in [-1, 1] by squared error + kl_weight · KL, both means."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -90,13 +91,13 @@ def train(images, *, n_steps, batch_size, lr, kl_weight, seed):
     return autoencoder.eval()
 
 
-def psnr(mean_squared_error):
+def psnr(mean_squared_error: float) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
     return 10 * np.log10(4 / mean_squared_error)
 
 
 @torch.no_grad()
-def measure(autoencoder, images, seed=0):
+def measure(autoencoder: AutoencoderKL, images: Tensor, seed: int = 0) -> dict:
     """Encode, sample and decode `images` (N, 3, H, W); PSNRs in dB, times in seconds."""
     posterior = autoencoder.encode(images).latent_dist
     latents = posterior.sample(torch.Generator().manual_seed(seed))
@@ -114,7 +115,7 @@ def measure(autoencoder, images, seed=0):
     }
 
 
-def save(autoencoder, out):
+def save(autoencoder: AutoencoderKL, out: Path) -> int:
     """Save the diffusers folder under a temporary name and rename it."""
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
@@ -125,7 +126,7 @@ def save(autoencoder, out):
     return sum(path.stat().st_size for path in out.iterdir())
 
 
-def side_by_side(originals, reconstructions, path, n_columns=20, n_rows=5):
+def side_by_side(originals: Tensor, reconstructions: Tensor, path: Path, n_columns: int = 20, n_rows: int = 5) -> None:
     """Write a PNG of rows of originals, each above its reconstructions; both (N, 3, H, W) in [-1, 1], all classes."""
     rows = []
     for chosen in torch.linspace(0, len(originals) - 1, n_rows * n_columns).long().split(n_columns):
@@ -135,7 +136,7 @@ def side_by_side(originals, reconstructions, path, n_columns=20, n_rows=5):
     Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(path)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default="workdir/quickstart/digits/train", help="class-per-folder training images")
     parser.add_argument(
@@ -155,7 +156,7 @@ def main():
         raise SystemExit(f"train_autoencoder.py: {error}") from None
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or give another --out")

@@ -41,6 +41,8 @@ RUN_BY_TESTS = {
     "scripts/make_config_reference.py": "test_docs.py",
     "scripts/first_losses.sh": "test_docs.py",
     "scripts/posthoc_ema.py": "test_train.py",
+    "scripts/convert_checkpoint.py": "test_convert.py, test_pipeline.py",
+    "scripts/sample.py": "test_sample.py",
     "train.py": "test_docs.py, test_train.py, test_topology.py, test_sharding.py",
     "eval.py": "test_docs.py, test_eval.py, test_sample_set.py",
     "img2npz.py": "test_docs.py, test_img2npz.py, test_sample_set.py",
@@ -270,3 +272,28 @@ def test_a_block_and_a_norm_are_added_as_contributing_says(monkeypatch):
     nnet = utils.build_network(config)
     shapes = [tuple(o.shape) for o in nnet(torch.randn(2, 4, 8, 16), torch.zeros(2), torch.tensor([3, 10]))]
     assert shapes == [(2, 4, 4, 8), (2, 4, 8, 16)]
+
+
+# --- Type hints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_functions_have_type_hints(path):
+    """Of every argument and result; constructors' results aside."""
+    lacking = []
+    for scope in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(scope, ast.Module | ast.ClassDef) or scope.__dict__.get("name", "").startswith("_"):
+            continue
+        for function in scope.body:
+            if not isinstance(function, ast.FunctionDef) or function.name.startswith("_") != (
+                function.name in ("__init__", "__call__")
+            ):
+                continue
+            given = function.args
+            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            lacking += [
+                f"{function.name}({a.arg})" for a in arguments if not a.annotation and a.arg not in ("self", "cls")
+            ]
+            if function.returns is None and function.name != "__init__":
+                lacking.append(f"{function.name} -> ?")
+    assert not lacking
