@@ -192,7 +192,7 @@ def draw_grid(cells: list[list[np.ndarray | None]], rows: list[str], columns: li
     return sheet
 
 
-def broken(text: str, width: int, font) -> list[str]:
+def broken(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """Words in lines of at most `width` pixels."""
     lines = [""]
     for word in text.split():
@@ -269,7 +269,7 @@ def trajectory_sheet(model: Model, config: ml_collections.ConfigDict, labels: li
     return draw_grid(cells, rows, [f"t = {t:.3g}" for t in times] + ["sample"])
 
 
-def numbers(text: str | None, kind, option: str) -> list:
+def numbers(text: str | None, kind: type, option: str) -> list:
     """The values of a list option, [None] where it is not given. Raises ValueError naming it."""
     try:
         return [None] if text is None else [kind(value) for value in text.split(",")]
