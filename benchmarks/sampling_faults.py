@@ -89,7 +89,7 @@ def killed_run(processes, folder, arguments, kills, total, rng):
     while len(found) < kills and n_files(folder) < total:
         before, ranks = n_files(folder), start(processes, *arguments)
         if rng.random() < 2 / 3:
-            enough = max(before, 2) + rng.randint(1, 2 * total // kills)
+            enough = max(before, 2) + rng.randint(1, total // (kills + 1))
             while n_files(folder) < enough and all(process.is_alive() for process in ranks):
                 time.sleep(0.001)
             time.sleep(rng.random() / 10)

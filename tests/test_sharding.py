@@ -99,7 +99,7 @@ def runs(tmp_path_factory):
 
 def test_losses_are_ddps(config, runs):
     said = []
-    for workdir, flags in zip(runs, ([], [SHARDED]), strict=True):
+    for workdir, flags in zip(runs, ([], [SHARDED, "--config.train.recompute=1"]), strict=True):
         errors = run_ranks("train.py", *overrides(config), *flags, f"--workdir={workdir}")
         said.append(next(line for line in errors.splitlines() if "MB of weights" in line))
         assert (workdir / "samples" / "8.png").exists()
@@ -113,7 +113,7 @@ def test_losses_are_ddps(config, runs):
 
 
 def test_files_are_those_of_one_process(config, runs):
-    (_, one), (_, other) = (checkpoint.read_checkpoint(workdir / "ckpts" / "12.ckpt") for workdir in runs)
+    (_, one), (state, other) = (checkpoint.read_checkpoint(workdir / "ckpts" / "12.ckpt") for workdir in runs)
     assert one.keys() == other.keys()
     for file, named in one.items():
         assert {n: (t.shape, t.dtype) for n, t in named.items()} == {
@@ -124,7 +124,8 @@ def test_files_are_those_of_one_process(config, runs):
     averages = training.make_averages(nnet, config)
     optimizer = make_adamw(nnet, 1e-3, (0.9, 0.99), 0.03)
     workdir = runs[1]
-    assert training.resume(workdir / "ckpts", config, nnet, averages, optimizer, None) == 12
+    settings = {name: state[name] for name in ("config", "accelerate", "data")}
+    assert training.resume(workdir / "ckpts", settings, (), nnet, averages, optimizer, None) == 12
     assert_same_tensors(training.gather_state(nnet, averages, optimizer, main=True), other)
 
 
