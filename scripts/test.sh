@@ -7,4 +7,7 @@ setup_environment requirements.txt tests/requirements.txt
 
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# A worker per core, up to 8, of one thread each; the tests of a file stay together and share what they make.
+CORES=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=1
+python -m pytest -n $((CORES < 8 ? CORES : 8)) --dist loadfile "$@"
