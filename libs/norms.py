@@ -85,13 +85,13 @@ class ScaledLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, inverse, gain = ctx.saved_tensors
-        normalised = (x - mean) * inverse
-        grad_shift = grad.to(mean.dtype).sum_to_size(gain.shape)
-        grad_gain = (grad * normalised).sum_to_size(gain.shape)
-        grad = grad * gain
-        along = (grad * normalised).mean(-1, keepdim=True)
-        grad = torch.addcmul(grad - grad.mean(-1, keepdim=True), normalised, along, value=-1) * inverse
-        return grad.to(x.dtype), grad_gain, grad_shift, None
+        x32, grad = x.to(mean.dtype), grad.to(mean.dtype)
+        grad_shift = grad.sum_to_size(gain.shape)
+        grad_gain = ((x32 - mean).mul_(inverse).mul_(grad)).sum_to_size(gain.shape)
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad * gain, x32, x.shape[-1:], mean, inverse, None, None, [True, False, False]
+        )
+        return grad_x.to(x.dtype), grad_gain, grad_shift, None
 
 
 class TDLayerNorm(nn.Module):
