@@ -22,7 +22,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.metrics import frechet_distance, gaussian_statistics, inception_score, precision_recall
+from libs.adm_suite import SPATIAL, SetFeatures, score
+from libs.metrics import (
+    GaussianStatistics,
+    frechet_distance,
+    gaussian_statistics,
+    inception_score,
+    precision_recall,
+)
 
 
 def features(n, d, seed, shift=0.0):
@@ -48,6 +55,18 @@ def run_inception_score(args):
     started = time.perf_counter()
     value = inception_score(logits)
     return time.perf_counter() - started, f"{value:.4f}"
+
+
+def run_all(args):
+    pool, logits = features(args.n_samples, args.dim, 1, 0.02), features(args.n_samples, 1008, 2)
+    spatial = GaussianStatistics()
+    spatial.update(features(4 * SPATIAL, SPATIAL, 3))
+    reference = SetFeatures(features(args.n_reference, args.dim, 0), features(args.n_reference, 1008, 4), spatial)
+    statistics = reference.gaussians()  # ADM's files hold them
+    samples = SetFeatures(pool, logits, spatial)  # made while features are extracted
+    started = time.perf_counter()
+    scores, _ = score(samples, statistics, reference)
+    return time.perf_counter() - started, ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def exact_distance(x1, x2):
@@ -90,6 +109,7 @@ def main():
     args = parser.parse_args()
     n, m, d = args.n_samples, args.n_reference, args.dim
     cases = [
+        (f"all five scores from the features of {n:,} images, reference of {m:,} and statistics", run_all, (args,)),
         (f"precision and recall, {n:,} x {m:,}, {d} features", run_precision_recall, (args,)),
         (f"mean and covariance, {n:,} x {d}", run_statistics, (args,)),
         (f"Inception Score, {n:,} x 1008", run_inception_score, (args,)),
