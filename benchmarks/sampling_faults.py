@@ -272,6 +272,7 @@ def main():
 def page(args, rows, idle):
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     machine = f"{len(os.sched_getaffinity(0))} cores of {model.split(': ')[1]}, no GPU used"
+    weights = "trained" if args.nnet_path else "freshly initialised"
     sets = "".join(
         f"| {what} | {count} | `{digest}` | {seconds:.0f} | {note} |\n" for what, note, count, digest, seconds in rows
     )
@@ -281,15 +282,14 @@ def page(args, rows, idle):
     )
     return f"""# Sampling: the same bytes, and no waiting
 
-    OMP_NUM_THREADS=1 python benchmarks/sampling_faults.py --n_samples {args.n_samples} --out {args.out}
+    OMP_NUM_THREADS=1 python benchmarks/sampling_faults.py {" ".join(sys.argv[1:])}
 
 {machine}; PyTorch {torch.__version__}, Python {platform.python_version()}. Seconds include starting the programs and
 depend on what else the machine does{", here: " + args.note if args.note else ""}.
 
 ## One set, however it is made
 
-{args.n_samples} digits in batches of {args.mini_batch_size}, PNGs and shards,
-{"trained" if args.nnet_path else "freshly initialised"} weights.
+{args.n_samples} digits in batches of {args.mini_batch_size}, PNGs and shards, {weights} weights.
 Asserted on the way: every file of a row has the bytes of the first row's, the images of all rows make the same `.npz`
 (SHA-256 below), each index is there once, and the labels are in order. Kills are SIGKILL of all processes at random
 moments, a third of them while they start.
