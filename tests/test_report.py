@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 import torch
-from conftest import load_config
+from conftest import load_config, overrides, run
 
 import eval as evaluation
 import train as training
@@ -176,6 +176,29 @@ def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, in
         report = json.loads((tmp_path / "report" / "metrics.json").read_text())
         assert all(report[name] == first[name] for name in evaluate_npz.NAMES)
         assert (report["sampling"] == "unknown") == (samples == "images.npz")
+
+
+def test_two_processes_sample_and_score_as_the_sweep_does_alone(tiny_config, weights, inception_assets, tmp_path):
+    """eval.py --metrics shared by two, and the guidance sweep by ADM's suite on one process: the same five scores."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "checkpoints").symlink_to(inception_assets / "inception")
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
+    tiny_config.sample.update(n_samples=66, mini_batch_size=33)  # two batches of images and two of features
+    out = tmp_path / "images"
+    flags = [*overrides(tiny_config), f"--nnet_path={weights}", f"--IMGsave_path={out}", f"--metrics={reference}"]
+    done = run("eval.py", *flags, processes=2, env={"TORCH_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "images_report" / "metrics.json").read_text())
+
+    sample = tiny_config.sample
+    setting = Setting(sample.scale, sample.scale_pow, None, sample.sample_steps)
+    scorer = sweep_guidance.AdmScorer(reference, find_inception(inception_assets))
+    ((_, scores),) = sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", [setting], scorer)
+    assert set(scores) == set(evaluate_npz.NAMES)
+    assert scores == pytest.approx({name: report[name] for name in scores}, rel=1e-6)
+    assert scores["fid"] > 0 and scores["inception_score"] > 1
+    assert "| FID |" in (tmp_path / "sweep" / "sweep.md").read_text()
 
 
 def test_scores_while_training(tiny_config, inception_assets, tmp_path, monkeypatch):
