@@ -109,7 +109,7 @@ def base():
         sample_steps=250,  # network evaluations per image when evaluating
         grid_steps=50,  # network evaluations for the grids while training
         n_samples=50_000,  # images of an evaluation; labels are balanced: i * n_classes // n_samples
-        compile="auto",  # as config.train.compile, when evaluating
+        compile="auto",  # as config.train.compile, when evaluating; or graphs: whole, as CUDA graphs (small batches)
         mini_batch_size=50,  # images sampled at a time by one process; the same images whatever the processes
         scale=1.4,  # guidance, 1: none (the released code writes this 0.4)
         scale_pow=placeholder(float),  # > 0: power-cosine schedule of the scale; None: constant

@@ -23,10 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def fails(errors: dict[str, float]) -> bool:
-    return any(
-        error > (check_golden.SAMPLER_TOLERANCE if group in check_golden.SAMPLER_GROUPS else check_golden.TOLERANCE)
-        for group, error in errors.items()
-    )
+    return any(error > check_golden.PLAIN.tolerance(group) for group, error in errors.items())
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda p: p.stem)

@@ -1,0 +1,95 @@
+"""torch.compile of the network: one graph, fixed shapes, the same numbers. The code generator itself is left out."""
+
+import pytest
+import torch
+from conftest import load_config
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+import eval as evaluation
+import sde
+import utils
+
+MODELS = ["DiMR-XL-2R_imagenet256", "DiMR-G-2R_imagenet256", "DiMR-XL-3R_imagenet512"]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are handed to the code generator from here on: [("forward" or "backward", graph)]."""
+    found = []
+
+    def note(kind):
+        def compiler(graph, inputs):
+            found.append((kind, graph))
+            return make_boxed_func(graph)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=note("forward"), bw_compiler=note("backward"), inference_compiler=note("forward")
+    )
+    compiler = torch.compile
+
+    def compile_with_backend(function, mode=None, **kwargs):
+        return compiler(function, backend=backend, **kwargs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", compile_with_backend)
+    return found
+
+
+def narrow(name):
+    """The config of a published model with narrow branches of three blocks, its grids and patches."""
+    config = load_config(name)
+    for stage in config.nnet.stages:
+        stage.dim, stage.num_heads, stage.depth = 16, 4, 3
+    config.dataset.n_classes = 5
+    return config
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_published_models_are_one_graph_forward_and_backward(graphs, name, dtype):
+    config = narrow(name)
+    torch.manual_seed(0)
+    nnet = utils.build_network(config)
+    x, t, y = torch.randn(2, *config.z_shape), torch.rand(2), torch.tensor([1, 5])
+    weights = utils.loss_weights(config)
+
+    def losses():
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            predictions = nnet(x, t, y)
+        loss = sde.multi_resolution_loss(predictions, x, weights).mean()
+        nnet.zero_grad()
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in nnet.parameters()]
+
+    expected = losses()
+    utils.compile_network(nnet, "whole")
+    for found in (losses(), losses()):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 if dtype == torch.float32 else 1e-3)
+    assert [kind for kind, _ in graphs] == ["forward", "backward"]
+
+
+@pytest.mark.parametrize(("interval", "n_graphs"), [(None, 1), ((0.1, 2.0), 2)])
+def test_a_set_is_sampled_without_compiling_again(tiny_config, tmp_path, graphs, interval, n_graphs):
+    """The last batch is smaller; with an interval the network also runs on the conditional half alone."""
+    nnet = utils.build_network(tiny_config)
+    torch.save(nnet.state_dict(), tmp_path / "nnet.pth")
+    tiny_config.sample.update(n_samples=12, mini_batch_size=5, compile="whole", interval=interval, scale=2.0)
+    evaluation.evaluate(tiny_config, str(tmp_path / "nnet.pth"), tmp_path / "compiled")
+    assert len(graphs) == n_graphs
+    assert len(list((tmp_path / "compiled").glob("*.png"))) == 12
+
+
+def test_recorded_graphs_give_outputs_of_their_own(graphs):
+    """With `graphs` a call must not change what an earlier one gave."""
+    config = narrow(MODELS[0])
+    nnet = utils.build_network(config).eval()
+    x, t, y = torch.randn(2, *config.z_shape), torch.rand(1), torch.tensor([1, 5])
+    with torch.no_grad():
+        expected = nnet(x, t, y), nnet(x + 1, t, y)
+        utils.compile_network(nnet, "graphs")
+        found = nnet(x, t, y), nnet(x + 1, t, y)
+    torch.testing.assert_close(found, expected)
+    assert len(graphs) == 1
