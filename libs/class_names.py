@@ -17,7 +17,7 @@ def find_classes(word: str, names: Sequence[str]) -> list[int]:
     """Labels of the classes that a number, a name or a part of one may mean, likeliest first.
 
     First the class of that number or name, then those that begin with it, then names that contain it; where there are
-    none, names spelt much like it. Upper and lower case are the same; an empty word means every class.
+    none and it is no number, names spelt much like it. Upper and lower case are the same; an empty word means every class.
     """
     lower = [name.lower() for name in names]
     wanted = word.strip().lower()
@@ -28,7 +28,9 @@ def find_classes(word: str, names: Sequence[str]) -> list[int]:
         if any(kinds):
             ranks[label] = kinds.index(True)
     found = sorted(ranks, key=ranks.get)
-    return found or [lower.index(name) for name in difflib.get_close_matches(wanted, lower, n=5)]
+    if found or wanted.isdecimal():
+        return found
+    return [lower.index(name) for name in difflib.get_close_matches(wanted, lower, n=5)]
 
 
 def class_label(word: int | str, names: Sequence[str]) -> int:

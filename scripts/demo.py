@@ -42,10 +42,13 @@ MOST_SAMPLES = 64
 MOST_STEPS = 1000
 MOST_SEED = 2**53 - 1  # the largest whole number that a browser writes exactly
 
-# Pictures are a few pixels wide: enlarged without smoothing.
+# Pictures may be a few pixels wide: enlarged without smoothing. Frames fit what is in them, in a narrow window too.
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
 #samples img {image-rendering: pixelated}
+#samples .grid-wrap {min-height: 0 !important}
+#samples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
+#sheet {padding-top: 30px !important}
 #classes .wrap {max-height: 15em; overflow-y: auto}
 """
 
@@ -174,9 +177,10 @@ def build_page(model: Model) -> "gr.Blocks":
                     seed = gr.Number(model.config.seed, label="Seed", min_width=120, elem_id="seed")
                     n_samples = gr.Number(8, label="Samples", min_width=120)
                 button = gr.Button("Sample", variant="primary")
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=5, min_width=320):
                 samples = gr.Gallery(
                     label="Samples",
+                    show_label=False,  # it would lie on the first picture
                     columns=4,
                     format="png",
                     height="auto",
@@ -194,7 +198,7 @@ def build_page(model: Model) -> "gr.Blocks":
             "none (t = 0). The coarsest branch is on top; the finest is the one sampled with. Click another sample to "
             "see how that one comes about."
         )
-        word.input(classes, word, marked, show_progress="hidden", trigger_mode="always_last")
+        word.change(classes, word, marked, show_progress="hidden", trigger_mode="always_last")
         # One at a time, whoever asks: they share the network.
         alone = {"concurrency_id": "network", "concurrency_limit": 1}
         gr.on(

@@ -59,6 +59,7 @@ def test_search_of_digits():
     names = class_names(10)
     assert demo.offered("", names) == list(range(11))
     assert [demo.offered(str(i), names)[0] for i in range(10)] == list(range(10))
+    assert demo.offered("22", names) == []  # a number is not misspelt
     assert demo.caption(3, names) == "3"
 
 
