@@ -16,8 +16,8 @@ def class_names(n_classes: int) -> list[str]:
 def find_classes(word: str, names: Sequence[str]) -> list[int]:
     """Labels of the classes that a number, a name or a part of one may mean, likeliest first.
 
-    First the class of that number or name, then those that begin with it, then names that contain it; where there are
-    none and it is no number, names spelt much like it. Upper and lower case are the same; an empty word means every class.
+    First the class of that number or name, then those that begin with it, then names that contain it; for a word
+    without any, names spelt much like it. Upper and lower case are the same; an empty word means every class.
     """
     lower = [name.lower() for name in names]
     wanted = word.strip().lower()
