@@ -81,12 +81,12 @@ class GatedGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return F.gelu(a) * b
+        return F.gelu(a).mul_(b)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(grad * b, a), grad * F.gelu(a)
+        return torch.ops.aten.gelu_backward(grad * b, a), F.gelu(a).mul_(grad)
 
 
 class GatedMLP(nn.Module):
@@ -235,7 +235,7 @@ class Stage(nn.Module):
         self, x: Tensor, t: Tensor, y: Tensor, features: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor] | None]:
         """x (B, C, H, W), t (B,) or (1,), y (B,) and the coarser branch's features -> prediction, own features."""
-        z = rearrange(self.patch_embed(x), "B D h w -> B h w D")
+        z = rearrange(self.patch_embed(x), "B D h w -> B h w D").contiguous()  # or all that follows would be strided
         h, w = z.shape[1:3]
         z = z + self.positions(h, w)
         if features is not None:
