@@ -97,6 +97,7 @@ def sampling_settings(
         "mixed_precision": precision,
         **settings,
         "compile": settings["compile"].removeprefix("off"),
+        "depthwise_kernel": settings["depthwise_kernel"].removeprefix("torch"),
     }
     return {name: value for name, value in settings.items() if value not in (None, "")}
 
@@ -284,6 +285,7 @@ def open_networks(config: ml_collections.ConfigDict, nnet_path: str, device: tor
     weaker, weaker_weights = utils.open_weaker_network(config, device)
     config.sample.compile = utils.choose_compile(config.sample.compile, device)
     for network in [nnet, weaker] if weaker else [nnet]:
+        utils.choose_depthwise_kernel(network, config.sample.depthwise_kernel, "config.sample.depthwise_kernel", device)
         utils.compile_network(network, config.sample.compile)
     autoencoder = utils.open_autoencoder(config, device)
     return {"nnet": nnet, "weaker": weaker, "autoencoder": autoencoder}, {"nnet": weights, "weaker": weaker_weights}

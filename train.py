@@ -227,6 +227,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     if settings.sharded:
         sharding.shard(nnet, [average.model for average in averages.values()], device)
     nnet.recompute(settings.recompute, settings.recompute_keeps_products)
+    utils.choose_depthwise_kernel(nnet, settings.depthwise_kernel, "config.train.depthwise_kernel", device)
     several = settings.sharded or (n_processes > 1 and not settings.recompute_keeps_products)
     utils.compile_network(nnet, utils.choose_compile(settings.compile, device, several))
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)

@@ -23,6 +23,7 @@ from configs.common import base
 from libs.adm_suite import Reference, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict
+from libs.depthwise import KERNELS, check_triton
 from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
 from libs.inception import find_inception
@@ -133,6 +134,18 @@ def choose_compile(how: str, device: torch.device, several: bool = False) -> str
     if how != "auto":
         return how
     return "off" if device.type == "cpu" else "blocks" if several else "whole"
+
+
+def choose_depthwise_kernel(nnet: DiMR, kernel: str, setting: str, device: torch.device) -> None:
+    """Have a network's depthwise convolutions computed by one of `libs.depthwise.KERNELS`; before it is compiled.
+
+    Raises:
+        ValueError: one that is not there or cannot run on the device; the message names the setting.
+    """
+    check_choice(setting, kernel, KERNELS)
+    if kernel == "triton":
+        check_triton(setting, device)
+    nnet.use_depthwise_kernel(kernel)
 
 
 def compile_network(nnet: DiMR, how: str) -> None:
@@ -279,6 +292,7 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
     sample = config.sample
     for name, allowed in (("algorithm", SAMPLERS), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
         check_choice(f"config.sample.{name}", sample[name], allowed)
+    check_choice("config.sample.depthwise_kernel", sample.depthwise_kernel, KERNELS)
     if sample.algorithm.startswith("euler_maruyama") and config.schedule == "sd":
         raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
     if sample.order not in (1, 2, 3):
@@ -312,6 +326,7 @@ def check_training(config: ml_collections.ConfigDict) -> None:
             f"config.train.recompute must be 0 (none), 1 (every block) or more; found {config.train.recompute}"
         )
     check_choice("config.train.compile", config.train.compile, COMPILE)
+    check_choice("config.train.depthwise_kernel", config.train.depthwise_kernel, KERNELS)
     if config.train.compile == "whole" and config.train.sharded:
         raise ValueError(
             "config.train.compile is whole, which a sharded network cannot be: set config.train.compile=blocks or off, "

@@ -7,8 +7,9 @@
     python benchmarks/speed.py sample --config=configs/digits.py --batch=50 --steps=20 --variants=released-no,eager-no
 
 "train" times whole training steps (forward, backward, optimiser, one average), "gradient" forward and backward alone,
-"sample" guided sampling without decoding. A variant is WAY-PRECISION[-recomputeK[-products]]: released
-(benchmarks/released_recipe.py), eager, compiled, or dit (diffusers' DiT-XL/2 at its own size); no, bf16 or fp16.
+"sample" guided sampling without decoding. A variant is WAY-PRECISION[-recomputeK[-products]][-triton]: released
+(benchmarks/released_recipe.py), eager, compiled, or dit (diffusers' DiT-XL/2 at its own size); no, bf16 or fp16;
+triton: depthwise convolutions by the kernels of libs/depthwise_kernels.py, on a GPU.
 Variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them. Each is
 compared with the eager float32 network's outputs. The matrix-multiply ceiling is measured in the same run.
 """
@@ -60,8 +61,9 @@ class Variant:
     def __init__(self, name: str, nnet, args, config):
         self.name = name
         way, precision, *rest = name.split("-")
-        if way not in ("released", "eager", "compiled", "dit") or precision not in DTYPES:
-            raise SystemExit(f"error: no variant {name!r}: expected WAY-PRECISION[-recomputeK[-products]]")
+        ways = ("eager", "compiled") if "triton" in rest else ("released", "eager", "compiled", "dit")
+        if way not in ways or precision not in DTYPES:
+            raise SystemExit(f"error: no variant {name!r}: expected WAY-PRECISION[-recomputeK[-products]][-triton]")
         self.way, self.dtype, self.args, self.config = way, DTYPES[precision], args, config
         self.device = torch.device(args.device)
         if way == "dit":
@@ -70,6 +72,9 @@ class Variant:
         else:
             self.nnet = ReleasedRecipe(nnet) if way == "released" else copy.deepcopy(nnet)
         self.nnet.to(self.device).train(args.task != "sample")
+        if "triton" in rest:
+            rest.remove("triton")
+            utils.choose_depthwise_kernel(self.nnet, "triton", f"the kernel of variant {name}", self.device)
         if rest:
             self.nnet.recompute(int(rest[0].removeprefix("recompute")), "products" in rest)
         self.weights = (1.0,) if way == "dit" else utils.loss_weights(config)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from libs.depthwise import depthwise_conv
 from libs.norms import NORMS, TDLayerNorm
 
 # What costs most of a block's time and little of its memory: kept by a `keep_products` recomputation.
@@ -29,6 +30,7 @@ PRODUCTS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.convolution.default,
+    torch.ops.dimr.depthwise.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -79,12 +81,12 @@ class GatedGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return F.gelu(a) * b
+        return F.gelu(a).mul_(b)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(grad * b, a), grad * F.gelu(a)
+        return torch.ops.aten.gelu_backward(grad * b, a), F.gelu(a).mul_(grad)
 
 
 class GatedMLP(nn.Module):
@@ -137,6 +139,7 @@ class ConvNeXtBlock(nn.Module):
     """Depthwise convolution (no norm in front) and gated MLP, both residual. (B, h, w, D), t (B,) -> (B, h, w, D)."""
 
     on_tokens = False
+    kernel = "torch"  # see `DiMR.use_depthwise_kernel`
 
     def __init__(self, spec: StageSpec, norm: type[nn.Module]):
         super().__init__()
@@ -144,8 +147,7 @@ class ConvNeXtBlock(nn.Module):
         self.mlp = GatedMLP(spec.dim, spec.hidden_dim, norm)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        # Seen as an image, channels-last features are already in the layout that the convolution wants: no copies.
-        x = x + rearrange(self.depthwise(rearrange(x, "B h w D -> B D h w")), "B D h w -> B h w D")
+        x = depthwise_conv(x, self.depthwise.weight, self.depthwise.bias, residual=True, kernel=self.kernel)
         return x + self.mlp(x, t)
 
 
@@ -233,7 +235,7 @@ class Stage(nn.Module):
         self, x: Tensor, t: Tensor, y: Tensor, features: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor] | None]:
         """x (B, C, H, W), t (B,) or (1,), y (B,) and the coarser branch's features -> prediction, own features."""
-        z = rearrange(self.patch_embed(x), "B D h w -> B h w D")
+        z = rearrange(self.patch_embed(x), "B D h w -> B h w D").contiguous()  # or all that follows would be strided
         h, w = z.shape[1:3]
         z = z + self.positions(h, w)
         if features is not None:
@@ -344,6 +346,12 @@ class DiMR(nn.Module):
         for stage in self.stages:
             stage.recompute_every = every
             stage.recompute_context = {"context_fn": contexts} if keep_products else {}
+
+    def use_depthwise_kernel(self, kernel: str) -> None:
+        """Who computes the depthwise convolutions: one of `libs.depthwise.KERNELS`. No more than round-off changes."""
+        for module in self.modules():
+            if isinstance(module, ConvNeXtBlock):
+                module.kernel = kernel
 
     def check_input(self, x: Tensor) -> None:
         _, channels, height, width = x.shape

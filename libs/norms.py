@@ -56,19 +56,18 @@ class ScaledRMS(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x))
         ctx.save_for_backward(x, norm, gain)
-        return (x / (norm * x.shape[-1] ** -0.5 + RMS_EPS) * gain).to(dtype)
+        return (x / (norm * x.shape[-1] ** -0.5 + RMS_EPS)).mul_(gain).to(dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, gain = ctx.saved_tensors
         root = x.shape[-1] ** -0.5
         inverse = 1 / (norm * root + RMS_EPS)  # of the denominator
-        normalised = x * inverse
-        grad_gain = (grad * normalised).sum_to_size(gain.shape)
-        grad = grad * gain
+        slope = (grad * x).mul_(inverse)  # of the gain, before it is summed
+        grad_gain = slope.sum_to_size(gain.shape)
         # d inverse / dx = -inverse² root x / norm; at x = 0, where the norm has no slope, 0 is taken
-        along = (grad * normalised).sum(-1, keepdim=True) * (inverse * root / norm.clamp_min(1e-30))
-        return torch.addcmul(grad * inverse, x, along, value=-1).to(x.dtype), grad_gain, None
+        along = slope.mul_(gain).sum(-1, keepdim=True).mul_(inverse * root / norm.clamp_min(1e-30))
+        return (grad * gain).mul_(inverse).addcmul_(x, along, value=-1).to(x.dtype), grad_gain, None
 
 
 class ScaledLayerNorm(torch.autograd.Function):
@@ -76,11 +75,15 @@ class ScaledLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-        normalised, mean, inverse = torch.native_layer_norm(
-            x.to(at_least_float32(x)), x.shape[-1:], None, None, LAYER_NORM_EPS
-        )
+        x32, shape = x.to(at_least_float32(x)), x.shape[-1:]
+        if len(gain) == 1:  # one time for the batch: the kernel scales and shifts as it goes
+            affine = gain.to(x32.dtype).view(shape), shift.to(x32.dtype).view(shape)
+            result, mean, inverse = torch.native_layer_norm(x32, shape, *affine, LAYER_NORM_EPS)
+        else:
+            result, mean, inverse = torch.native_layer_norm(x32, shape, None, None, LAYER_NORM_EPS)
+            result = result.mul_(gain).add_(shift)
         ctx.save_for_backward(x, mean, inverse, gain)
-        return torch.addcmul(shift, normalised, gain).to(dtype)
+        return result.to(dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

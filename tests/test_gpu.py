@@ -5,11 +5,42 @@ import torch
 from test_network import inputs, small_model
 
 import sde
+from benchmarks import kernels
 from libs.ema import EMA
 from libs.optim import clip_or_skip, make_adamw
 from libs.randomness import step_draws
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "k"), [((5, 32, 32, 480), 7), ((2, 9, 35, 33), 5), ((1, 2, 3, 40), 3)])
+def test_depthwise_kernels(shape, k, dtype):
+    """Against float64 arithmetic on the same numbers, to the last place of each result."""
+    inputs = kernels.make_inputs(shape, "cuda", dtype, 0, k)
+    ours = kernels.passes("Triton", *inputs)
+    exact = kernels.passes("PyTorch, contiguous", *(a.double().cpu() for a in inputs))
+    for name, function in ours.items():
+        found, again = function(), function()
+        assert torch.equal(found, again)
+        expected = kernels.alike("PyTorch, contiguous", name, exact[name]())
+        eps = 1e-5 if name == "weight gradient" else max(torch.finfo(dtype).eps / 2, 1e-6) * 1.01
+        difference = (found.float().cpu() - expected).abs()
+        assert (difference <= eps * (expected.abs() + expected.abs().mean())).all(), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_with_depthwise_kernels(compiled, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, arguments = small_model().cuda(), [tensor.cuda() for tensor in inputs()]
+    gradients = []
+    for kernel in ("torch", "triton"):
+        model.use_depthwise_kernel(kernel)
+        model.zero_grad()
+        forward = torch.compile(model, fullgraph=True) if compiled and kernel == "triton" else model
+        sum(output.square().mean() for output in forward(*arguments)).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_outputs_are_the_cpus():

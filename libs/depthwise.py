@@ -1,0 +1,145 @@
+"""Depthwise convolution of channels-last features, by PyTorch or by Triton kernels for NVIDIA GPUs.
+
+Axes: B batch, h w grid, D channels (adjacent in memory), k taps along a side of the kernel (odd), p = k // 2 zeros
+around the grid.
+
+The kernels themselves, and how they were reasoned, are in libs/depthwise_kernels.py.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+try:
+    from libs import depthwise_kernels as kernels
+except ImportError:  # no triton, which does not exist for every platform; PyTorch's convolution does without
+    kernels = None
+
+KERNELS = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of features in the Triton kernels; sums are float32
+CHANNELS = 32  # of a program: a warp
+COLUMNS = 8  # of a thread
+MOST_GROUPS = 4  # of columns in a program, one warp each
+IMAGES = 4  # of a program of the weights' gradient: its sums are then some 5 % of the bytes it reads
+
+
+def depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool = False, kernel: str = "torch"
+) -> Tensor:
+    """Depthwise convolution of a grid with zeros around it: (B, h, w, D) -> (B, h, w, D).
+
+    Args:
+        weight: (D, 1, k, k), k odd, as nn.Conv2d keeps it.
+        bias: (D,) or None.
+        residual: add x to the result.
+        kernel: "torch": F.conv2d, anywhere, in autocast's precision. "triton": the kernels of
+            libs/depthwise_kernels.py, for float32, bfloat16 and float16; products and sums are float32 and
+            the result has the precision of x.
+
+    Raises:
+        ValueError: an even k, another `kernel`, or features that the Triton kernels do not take.
+    """
+    dim, _, k, _ = weight.shape
+    if kernel not in KERNELS or k % 2 == 0:
+        raise ValueError(f"expected an odd kernel and one of {', '.join(KERNELS)}; found {k} and {kernel!r}")
+    if kernel == "torch":
+        # Seen as an image, channels-last features are already in the layout that the convolution wants: no copies.
+        y = F.conv2d(rearrange(x, "B h w D -> B D h w"), weight, bias, padding=k // 2, groups=dim)
+        y = rearrange(y, "B D h w -> B h w D")
+        return x + y if residual else y
+    if x.dtype not in DTYPES:
+        raise ValueError(f"the Triton convolution takes float32, bfloat16 and float16; found {x.dtype}")
+    # Neighbouring channels side by side, for the kernels' loads: a copy of k k D numbers.
+    return convolve(x, rearrange(weight, "D 1 ky kx -> (ky kx) D").contiguous(), bias, residual, False)
+
+
+def check_triton(setting: str, device: torch.device) -> None:
+    """Raises ValueError, naming the setting that asks for them, where the Triton kernels cannot run."""
+    if device.type != "cuda" or kernels is None:
+        found = f"device {device.type}" if device.type != "cuda" else "no package of that name"
+        raise ValueError(f"{setting} is triton, which needs a CUDA device and triton; found {found}: set it to torch")
+
+
+# --- Operations, as autograd, torch.compile and the counting of operations see them -----------------------------------
+
+
+@torch.library.custom_op("dimr::depthwise", mutates_args=())
+def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, residual: bool, transposed: bool) -> Tensor:
+    """The convolution with taps (k k, D), in their opposite order if `transposed`; other arguments as above."""
+    x, taps = x.contiguous(), taps.contiguous()
+    out = torch.empty_like(x)
+    batch, height, width, dim = x.shape
+    grid, groups = strips(batch, width, dim)
+    with torch.cuda.device_of(x):  # where Triton launches
+        kernels.convolve[grid](
+            *(x, taps, taps if bias is None else bias, out, height, width, dim),
+            **{"K": math.isqrt(len(taps)), "GROUPS": groups, "COLUMNS": COLUMNS, "CHANNELS": CHANNELS},
+            **{"HAS_BIAS": bias is not None, "RESIDUAL": residual, "TRANSPOSED": transposed, "num_warps": groups},
+        )
+    return out
+
+
+@torch.library.custom_op("dimr::depthwise_weight_gradient", mutates_args=())
+def weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
+    """Gradients of the taps and, in the last row, of the bias: (k k + 1, D), float32."""
+    x, grad = x.contiguous(), grad.contiguous()
+    batch, height, width, dim = x.shape
+    grid, groups = strips(math.ceil(batch / IMAGES), width, dim)
+    sums = x.new_empty(grid[2] * grid[0] * groups, k * k + 1, dim, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        kernels.weight_gradient[grid](
+            *(x, grad, sums, batch, height, width, dim),
+            **{"K": k, "GROUPS": groups, "COLUMNS": COLUMNS, "CHANNELS": CHANNELS},
+            **{"IMAGES": IMAGES, "num_warps": groups},
+        )
+    return sums.sum(0)
+
+
+def strips(parts: int, width: int, dim: int) -> tuple[tuple[int, int, int], int]:
+    """The programs of a launch (strips of columns, blocks of channels, parts of the batch), and groups in a strip."""
+    groups = min(MOST_GROUPS, 1 << (math.ceil(width / COLUMNS) - 1).bit_length())
+    return (math.ceil(width / (groups * COLUMNS)), math.ceil(dim / CHANNELS), parts), groups
+
+
+@convolve.register_fake
+def _(x: Tensor, taps: Tensor, bias: Tensor | None, residual: bool, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@weight_gradient.register_fake
+def _(x: Tensor, grad: Tensor, k: int) -> Tensor:
+    return x.new_empty(k * k + 1, x.shape[-1], dtype=torch.float32)
+
+
+def keep_for_gradient(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, taps, _, ctx.residual, ctx.transposed = inputs
+    ctx.save_for_backward(x, taps)
+
+
+def gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, taps = ctx.saved_tensors
+    for_x, for_taps, for_bias = ctx.needs_input_grad[:3]
+    grad_x = convolve(grad, taps, None, ctx.residual, not ctx.transposed) if for_x else None
+    grad_taps = grad_bias = None
+    if for_taps or for_bias:
+        sums = weight_gradient(x, grad, math.isqrt(len(taps)))
+        grad_taps = (sums[:-1].flip(0) if ctx.transposed else sums[:-1]).to(taps.dtype)
+        grad_bias = sums[-1].to(taps.dtype) if for_bias else None
+    return grad_x, grad_taps, grad_bias, None, None
+
+
+convolve.register_autograd(gradient, setup_context=keep_for_gradient)
+
+
+@register_flop_formula(torch.ops.dimr.depthwise)
+def _(x_shape: torch.Size, taps_shape: torch.Size, *args, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * taps_shape[0]
+
+
+@register_flop_formula(torch.ops.dimr.depthwise_weight_gradient)
+def _(x_shape: torch.Size, grad_shape: torch.Size, k: int, *args, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * k * k

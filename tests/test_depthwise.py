@@ -1,0 +1,71 @@
+"""The depthwise convolution: PyTorch's unless told otherwise, and the Triton kernels as far as a CPU can show."""
+
+import pytest
+import torch
+from conftest import load_config, run
+from torch import nn
+
+import utils
+from libs import cost, depthwise
+from libs.dimr import ConvNeXtBlock
+
+
+def test_pytorchs_is_the_module_bit_for_bit():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(2, 5, 9, 6)
+    expected = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert torch.equal(depthwise.depthwise_conv(x, conv.weight, conv.bias), expected)
+    assert torch.equal(depthwise.depthwise_conv(x, conv.weight, conv.bias, residual=True), x + expected)
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = run("-m", "pytest", "-q", "tests/depthwise_interpreted.py", env={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_triton():
+    code = "import sys; sys.modules['triton'] = None; from libs import depthwise; assert depthwise.kernels is None"
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_operations_count_as_before():
+    config = load_config("DiMR-XL-2R_imagenet256")
+    nnet = utils.build_network_on_meta(config)
+    nnet.use_depthwise_kernel("triton")
+    branches = cost.branch_costs(nnet, tuple(config.z_shape))
+    assert sum(branch.multiply_adds for branch in branches) / 1e9 == pytest.approx(160.18, abs=0.01)
+
+
+def test_pytorch_is_the_default():
+    config = load_config("digits")
+    assert config.train.depthwise_kernel == config.sample.depthwise_kernel == "torch"
+    blocks = [m for m in utils.build_network(config).modules() if isinstance(m, ConvNeXtBlock)]
+    assert blocks and all(block.kernel == "torch" for block in blocks)
+
+
+def test_what_cannot_be(monkeypatch, tiny_config):
+    nnet, setting = utils.build_network_on_meta(tiny_config), "config.train.depthwise_kernel"
+    with pytest.raises(ValueError, match=f"{setting} is triton, which needs a CUDA device .* found device cpu"):
+        utils.choose_depthwise_kernel(nnet, "triton", setting, torch.device("cpu"))
+    monkeypatch.setattr(depthwise, "kernels", None)
+    with pytest.raises(ValueError, match=f"{setting} is triton, .* no package of that name: set it to torch"):
+        utils.choose_depthwise_kernel(nnet, "triton", setting, torch.device("cuda"))
+    tiny_config.train.depthwise_kernel = "cudnn"
+    with pytest.raises(ValueError, match=f"{setting} must be one of torch, triton; found 'cudnn'"):
+        utils.check_training(tiny_config)
+    tiny_config.sample.depthwise_kernel = ""
+    with pytest.raises(ValueError, match="depthwise_kernel must be one of torch, triton; found ''"):
+        utils.check_sampling(tiny_config)
+    x, weight = torch.zeros(1, 3, 3, 2, dtype=torch.float64), torch.zeros(2, 1, 3, 3)
+    with pytest.raises(ValueError, match=r"takes float32, bfloat16 and float16; found torch\.float64"):
+        depthwise.depthwise_conv(x, weight, None, kernel="triton")
+    with pytest.raises(ValueError, match="expected an odd kernel and one of torch, triton; found 2 and 'torch'"):
+        depthwise.depthwise_conv(x, weight[..., :2, :2], None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_benchmark_needs_a_gpu():
+    done = run("benchmarks/kernels.py")
+    assert done.returncode == 1 and done.stderr == "error: times kernels on a GPU; found no CUDA device, or no triton\n"
