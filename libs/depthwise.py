@@ -24,7 +24,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of features in the Tr
 CHANNELS = 32  # of a program: a warp
 COLUMNS = 8  # of a thread
 MOST_GROUPS = 4  # of columns in a program, one warp each
-IMAGES = 4  # of a program of the weights' gradient: its sums are then some 5 % of the bytes it reads
 
 
 def depthwise_conv(
@@ -88,21 +87,20 @@ def weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
     """Gradients of the taps and, in the last row, of the bias: (k k + 1, D), float32."""
     x, grad = x.contiguous(), grad.contiguous()
     batch, height, width, dim = x.shape
-    grid, groups = strips(math.ceil(batch / IMAGES), width, dim)
-    sums = x.new_empty(grid[2] * grid[0] * groups, k * k + 1, dim, dtype=torch.float32)
+    grid, groups = strips(batch, width, dim)
+    sums = x.new_empty(batch * grid[0], k * k + 1, dim, dtype=torch.float32)
     with torch.cuda.device_of(x):
         kernels.weight_gradient[grid](
-            *(x, grad, sums, batch, height, width, dim),
-            **{"K": k, "GROUPS": groups, "COLUMNS": COLUMNS, "CHANNELS": CHANNELS},
-            **{"IMAGES": IMAGES, "num_warps": groups},
+            *(x, grad, sums, height, width, dim),
+            **{"K": k, "GROUPS": groups, "COLUMNS": COLUMNS, "CHANNELS": CHANNELS, "num_warps": groups},
         )
     return sums.sum(0)
 
 
-def strips(parts: int, width: int, dim: int) -> tuple[tuple[int, int, int], int]:
-    """The programs of a launch (strips of columns, blocks of channels, parts of the batch), and groups in a strip."""
+def strips(batch: int, width: int, dim: int) -> tuple[tuple[int, int, int], int]:
+    """The programs of a launch (strips of columns, blocks of channels, images), and the groups in a strip."""
     groups = min(MOST_GROUPS, 1 << (math.ceil(width / COLUMNS) - 1).bit_length())
-    return (math.ceil(width / (groups * COLUMNS)), math.ceil(dim / CHANNELS), parts), groups
+    return (math.ceil(width / (groups * COLUMNS)), math.ceil(dim / CHANNELS), batch), groups
 
 
 @convolve.register_fake
