@@ -27,7 +27,7 @@ def results(kernel, x, grad, weight, bias, residual):
         ((1, 3, 35, 33), 3, torch.float32, True),  # more than one strip of columns and block of channels
         ((2, 3, 9, 20), 3, torch.bfloat16, True),
         ((2, 4, 9, 7), 3, torch.float16, False),
-        ((5, 2, 4, 8), 5, torch.float32, True),  # more than one part of the batch
+        ((5, 2, 4, 8), 5, torch.float32, True),
         ((1, 9, 10, 3), 7, torch.bfloat16, False),
         ((1, 2, 3, 4), 7, torch.float32, False),  # a grid smaller than the kernel
         ((1, 1, 1, 40), 7, torch.float16, True),
