@@ -22,7 +22,7 @@ import sde
 from configs.common import base
 from libs.adm_suite import Reference, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
-from libs.checkpoint import find_weights, load_weights, read_state_dict
+from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
 from libs.depthwise import KERNELS, check_triton
 from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
@@ -32,7 +32,8 @@ from libs.latents import LatentStore
 from libs.monitor import peak_flops
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
-from libs.sample_set import OUTPUTS
+from libs.run_record import flat
+from libs.sample_set import OUTPUTS, differences
 from libs.solvers import SOLVERS
 from libs.transfer import to_device
 
@@ -72,6 +73,54 @@ def config_from_json(values: dict) -> ml_collections.ConfigDict:
 def _tuples(values: dict) -> dict:
     """JSON's lists as the tuples that configs have."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def config_of(weights: Path, config_path: str | None) -> tuple[ml_collections.ConfigDict, int | None]:
+    """The config and the training step (None: unknown) of a weights file; `config_path` in place of the saved config.
+
+    Raises:
+        ValueError, OSError: there is no config, a damaged one, or one of another network than the saved one.
+    """
+    saved = saved_settings(weights)
+    if config_path is not None:
+        if not Path(config_path).is_file():
+            raise FileNotFoundError(f"no config at --config {config_path}")
+        config = load_config(config_path)
+        check_trained_as(config, weights)
+    elif saved is not None:
+        config = config_from_json(saved["config"])
+    else:
+        raise ValueError(f"no config is saved with {weights}: give the one it was trained with as --config")
+    return config, saved and saved["step"]
+
+
+def check_trained_as(config: ml_collections.ConfigDict, weights: Path) -> None:
+    """Is it the network that the weights were trained in? Many a setting leaves tensors' names and shapes as they are.
+
+    Weights without a saved config pass.
+
+    Raises:
+        ValueError: `config` differs in `network_settings` from the one saved with the weights; both values are named.
+    """
+    saved = saved_settings(weights)
+    if saved is None:
+        return
+    if different := differences(network_settings(config_from_json(saved["config"])), network_settings(config)):
+        raise ValueError(
+            f"{weights} was trained with another config ({'; '.join(different)}): give the config that it was trained "
+            "with, or set these as they are there"
+        )
+
+
+def network_settings(config: ml_collections.ConfigDict) -> dict:
+    """Which network, and what its inputs and noise predictions mean: {name in the config: JSON value}."""
+    values = config_json(config)
+    return {
+        **flat(values["nnet"], "nnet"),
+        "schedule": values["schedule"],
+        "z_shape": values["z_shape"],
+        "dataset.n_classes": values["dataset"]["n_classes"],
+    }
 
 
 def build_stages(config: ml_collections.ConfigDict) -> list[StageSpec]:

@@ -37,7 +37,6 @@ from libs.class_names import class_label, class_names
 from libs.latents import replacing
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
-from scripts.convert_checkpoint import config_of
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
 AXES = ("class", "sample", "guidance", "steps")
@@ -61,7 +60,7 @@ class Model:
             nnet_path = folders[0]
         file = find_weights(nnet_path)
         state = read_state_dict(file)
-        self.config, _ = config_of(file, config_path)
+        self.config, _ = utils.config_of(file, config_path)
         self.accelerator = utils.make_accelerator()
         device = self.accelerator.device
         self.nnet = utils.build_network(self.config).to(device).eval().requires_grad_(False)

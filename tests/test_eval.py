@@ -14,6 +14,7 @@ import utils
 from img2npz import img2npz
 from libs.checkpoint import load_weights, read_state_dict, released_name
 from libs.sample_set import balanced_label
+from scripts import convert_checkpoint as converting
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +177,32 @@ def test_bad_input_is_clear_and_early(tiny_config, weights, tmp_path, changes, p
 
 
 def test_another_shape_names_the_first_tensors(tiny_config, weights, tmp_path):
+    """Of weights that know nothing of their config."""
+    torch.save(read_state_dict(weights / "nnet_ema.safetensors"), tmp_path / "a.pth")
     tiny_config.nnet.stages[0].dim = 32
     with pytest.raises(ValueError, match=r"patch_embed.weight: expected shape \(32, 4, 2, 2\), found \(16, 4, 2, 2\)"):
-        evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
+        evaluation.evaluate(tiny_config, str(tmp_path / "a.pth"), tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.nnet.stages[0].update(num_heads=2), r"nnet.stages\[0\].num_heads: 4 there, 2 now"),
+        (lambda config: config.nnet.update(norm_type="LN"), "nnet.norm_type: TDRMSN there, LN now"),
+        (lambda config: config.update(schedule="vpsde"), "schedule: sd there, vpsde now"),
+        (lambda config: config.update(z_shape=(4, 16, 8)), r"z_shape: \[4, 8, 8\] there, \[4, 16, 8\] now"),
+        (lambda config: config.dataset.update(n_classes=2), "dataset.n_classes: 3 there, 2 now"),
+    ],
+)
+def test_a_config_that_the_weights_were_not_trained_with_is_refused(tiny_config, weights, tmp_path, change, message):
+    """From every form that has its config with it; most of these leave names and shapes of all tensors equal."""
+    converting.convert(str(weights), tmp_path / "own" / "a.safetensors")
+    converting.convert(str(weights), tmp_path / "pipeline")
+    change(tiny_config)
+    for path in (weights, tmp_path / "own" / "a.safetensors", tmp_path / "pipeline"):
+        with pytest.raises(ValueError, match=rf"was trained with another config \({message}\): give the config"):
+            evaluation.evaluate(tiny_config, str(path), tmp_path / "images")
+    assert not (tmp_path / "images").exists()
 
 
 def test_command_line_errors(tiny_config, weights, tmp_path):

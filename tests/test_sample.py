@@ -107,6 +107,7 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
         (("--classes", "dog"), "error: no class is called 'dog'"),
         (("--classes", "1", "--cfg", "0.5"), "error: the guidance scale must be at least 1"),
         (("--classes", "1", "--nnet_path", "none.safetensors"), "error: no checkpoint at none.safetensors"),
+        (("--classes", "1", "--config", "configs/digits.py"), "was trained with another config (nnet."),
     ):
         done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--grid", tmp_path / "grid.png")
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
