@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sde
-from configs.common import base
+from configs import common
 from libs.adm_suite import Reference, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
@@ -56,14 +56,15 @@ def config_json(config: ml_collections.ConfigDict) -> dict:
 
 
 def config_from_json(values: dict) -> ml_collections.ConfigDict:
-    """The config that `config_json` was given; fields that it did not have get their value of configs/common.py.
+    """The config that `config_json` was given; fields that it did not have, also of stages, get their value of
+    configs/common.py: they were added later.
 
     Raises:
         ValueError: values that are no config of this project.
     """
-    config, values = base(), json.loads(json.dumps(values), object_hook=_tuples)
+    config, values = common.base(), json.loads(json.dumps(values), object_hook=_tuples)
     try:
-        values["nnet"]["stages"] = tuple(ml_collections.ConfigDict(stage) for stage in values["nnet"]["stages"])
+        values["nnet"]["stages"] = tuple(common.stage(**fields) for fields in values["nnet"]["stages"])
         config.update(values)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the settings saved with the weights are no config of this project: {error}") from error
