@@ -34,7 +34,6 @@ from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
 from libs.run_record import flat
 from libs.sample_set import OUTPUTS, differences
-from libs.solvers import SOLVERS
 from libs.transfer import to_device
 
 ROOT = Path(__file__).resolve().parent
@@ -328,8 +327,6 @@ def open_weaker_network(
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
-SAMPLERS = (*SOLVERS, "euler_maruyama_sde", "euler_maruyama_ode")
-
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raises ValueError for a setting that is none of those allowed."""
@@ -340,17 +337,19 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 def check_sampling(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for sampling settings that cannot work, before anything is loaded."""
     sample = config.sample
-    for name, allowed in (("algorithm", SAMPLERS), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
+    for name, allowed in (("algorithm", tuple(sde.SAMPLERS)), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
         check_choice(f"config.sample.{name}", sample[name], allowed)
     check_choice("config.sample.depthwise_kernel", sample.depthwise_kernel, KERNELS)
     if sample.algorithm.startswith("euler_maruyama") and config.schedule == "sd":
         raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
     if sample.order not in (1, 2, 3):
         raise ValueError(f"config.sample.order must be 1, 2 or 3; found {sample.order}")
-    least = {"dpm_solver": sample.order, "dpm_solver_2m": 2, "dpm_solver_3m": 3}.get(sample.algorithm, 1)
+    least = sample.order if sample.algorithm == "dpm_solver" else sde.SAMPLERS[sample.algorithm].least_steps
     for name in ("sample_steps", "grid_steps"):
         if sample[name] < least:
-            raise ValueError(f"config.sample.{name} must be at least the solver's order, {least}; found {sample[name]}")
+            raise ValueError(
+                f"config.sample.{name} must be at least {least} for {sample.algorithm}; found {sample[name]}"
+            )
     for name in ("n_samples", "mini_batch_size"):
         if sample[name] < 1:
             raise ValueError(f"config.sample.{name} must be at least 1; found {sample[name]}")

@@ -103,7 +103,7 @@ def base():
     config.resume_changes = ()  # settings (such as "optimizer.lr") that may differ from the checkpoint's when resuming
 
     config.sample = d(
-        # dpm_solver (fast singlestep; released), dpm_solver_2m, dpm_solver_3m, ddim, ddpm, heun; with a continuous
+        # a name in SOLVERS of libs/solvers.py, such as dpm_solver (fast singlestep; released); with a continuous
         # schedule also euler_maruyama_sde, euler_maruyama_ode
         algorithm="dpm_solver",
         order=3,  # of dpm_solver: 1, 2 or 3

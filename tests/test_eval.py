@@ -14,6 +14,7 @@ import utils
 from img2npz import img2npz
 from libs.checkpoint import load_weights, read_state_dict, released_name
 from libs.sample_set import balanced_label
+from libs.solvers import SOLVERS
 from scripts import convert_checkpoint as converting
 
 
@@ -148,9 +149,9 @@ def test_guidance_flags(tiny_config, weights, tmp_path):
     assert "no scores: no reference statistics" in done.stderr
 
 
-@pytest.mark.parametrize("algorithm", ["dpm_solver_2m", "dpm_solver_3m", "ddim", "ddpm", "heun"])
+@pytest.mark.parametrize("algorithm", [name for name in SOLVERS if name != "dpm_solver"])
 def test_other_samplers_run(tiny_config, weights, tmp_path, algorithm):
-    tiny_config.sample.update(algorithm=algorithm, n_samples=3)
+    tiny_config.sample.update(algorithm=algorithm, n_samples=3, sample_steps=max(4, SOLVERS[algorithm].least_steps))
     evaluation.evaluate(tiny_config, str(weights), tmp_path)
     assert len(set(contents(tmp_path).values())) == 5
 
@@ -162,7 +163,7 @@ def test_labels_are_balanced():
 @pytest.mark.parametrize(
     ("changes", "path", "message"),
     [
-        ({"sample_steps": 2}, None, "at least the solver's order, 3; found 2"),
+        ({"sample_steps": 2}, None, "sample_steps must be at least 3 for dpm_solver; found 2"),
         ({"order": 4, "sample_steps": 9}, None, "config.sample.order must be 1, 2 or 3; found 4"),
         ({"scale_pow": -1.0}, None, "must be above 0; found -1"),
         ({"algorithm": "euler_maruyama_sde"}, None, "needs config.schedule vpsde or vpsde_cosine; found sd"),
