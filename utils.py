@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -549,6 +550,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         return rest
     except (AttributeError, KeyError, IndexError) as error:
         problem = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
+        if isinstance(error, IndexError) and (path := re.search(r"--config[= ](\S+)", " ".join(argv))):
+            n_stages = len(load_config(path[1]).nnet.stages)
+            problem += f" (the config has {n_stages} stages, 0 to {n_stages - 1})"
         message = f"an override names a field that the config does not have: {problem}"
     except (OSError, ImportError, SyntaxError) as error:
         message = f"--config could not be read: {str(error).splitlines()[-1].strip()}"

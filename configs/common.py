@@ -25,12 +25,12 @@ def stage(block_type, dim, depth, num_heads=16, kernel_size=7, mlp_ratio=2.0):
     )
 
 
-def transformer(dim, depth, num_heads=16):
-    return stage("TransformerBlock", dim, depth, num_heads=num_heads)
+def transformer(dim, depth, **settings):
+    return stage("TransformerBlock", dim, depth, **settings)
 
 
-def convnext(dim, depth, kernel_size=7):
-    return stage("ConvNeXtBlock", dim, depth, kernel_size=kernel_size)
+def convnext(dim, depth, **settings):
+    return stage("ConvNeXtBlock", dim, depth, **settings)
 
 
 def base():

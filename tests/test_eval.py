@@ -207,7 +207,11 @@ def test_a_config_that_the_weights_were_not_trained_with_is_refused(tiny_config,
 
 
 def test_command_line_errors(tiny_config, weights, tmp_path):
-    for flags, message in ((["--cfg=0.4"], "error: the guidance scale"), (["extra"], "error: expected only flags")):
+    for flags, message in (
+        (["--cfg=0.4"], "error: the guidance scale"),
+        (["extra"], "error: expected only flags"),
+        (["--config.nnet.stages[4].dim=8"], "(the config has 2 stages, 0 to 1)"),
+    ):
         done = evaluate(tiny_config, weights, tmp_path / "images", *flags)
         assert done.returncode != 0 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and not (tmp_path / "images").exists()
