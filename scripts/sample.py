@@ -110,7 +110,7 @@ class Model:
         """
         settings = config.sample
         if self.weaker is not None:
-            raise ValueError("--trajectory shows a network guided by itself: config.sample.autoguidance_path is set")
+            raise ValueError("a trajectory shows a network guided by itself: config.sample.autoguidance_path is set")
         outputs = ()
 
         def watched(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -256,9 +256,13 @@ def class_caption(label: int, names: Sequence[str]) -> str:
     return names[label] if label < len(names) else "no class"
 
 
-def trajectory_sheet(model: Model, config: ml_collections.ConfigDict, labels: list[int], per_class: int) -> Image.Image:
-    """A row per class and branch, a column per time; in the last column the sample."""
-    indices = [k * per_class for k in range(len(labels))]
+def trajectory_sheet(
+    model: Model, config: ml_collections.ConfigDict, labels: list[int], indices: Sequence[int]
+) -> Image.Image:
+    """How the samples of these labels and indices come about: a row per sample and branch, a column per time.
+
+    In the last column is the sample. Raises ValueError for autoguidance.
+    """
     times, pictures, samples = model.trajectory(config, indices, labels)
     rows, cells = [], []
     branches = range(len(model.nnet.stages))
@@ -310,7 +314,8 @@ def main() -> None:
         if arguments.trajectory:
             path = arguments.grid.with_name(f"{arguments.grid.stem}_trajectory.png")
             config = model.with_settings(arguments.seed, scales[0], steps[0])
-            save(trajectory_sheet(model, config, labels, arguments.per_class), path)
+            indices = [k * arguments.per_class for k in range(len(labels))]  # the first sample of each class
+            save(trajectory_sheet(model, config, labels, indices), path)
             print(path)
     except (ValueError, OSError) as error:
         if not utils.raised_by_own_check(error):

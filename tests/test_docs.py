@@ -44,6 +44,7 @@ RUN_BY_TESTS = {
     "scripts/posthoc_ema.py": "test_train.py",
     "scripts/convert_checkpoint.py": "test_convert.py, test_pipeline.py",
     "scripts/sample.py": "test_sample.py",
+    "scripts/demo.py": "test_demo.py",
     "train.py": "test_docs.py, test_train.py, test_topology.py, test_sharding.py",
     "eval.py": "test_docs.py, test_eval.py, test_sample_set.py",
     "img2npz.py": "test_docs.py, test_img2npz.py, test_sample_set.py",
