@@ -32,7 +32,7 @@ import sde
 import utils
 from libs.adm_suite import Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
-from libs.checkpoint import ema_profile, file_digest
+from libs.checkpoint import ema_profile, file_digest, find_weights, load_weights, read_state_dict
 from libs.latents import replacing
 from libs.report import NAMES, write_report
 from libs.sample_set import (
@@ -280,8 +280,11 @@ def open_networks(config: ml_collections.ConfigDict, nnet_path: str, device: tor
     Raises:
         ValueError, OSError: settings or files that do not fit.
     """
+    weights = find_weights(nnet_path)
+    state = read_state_dict(weights)
+    utils.check_trained_as(config, weights)
     nnet = utils.build_network(config).to(device).eval()
-    weights = utils.load_network_weights(nnet, nnet_path)
+    load_weights(nnet, state, str(weights))
     weaker, weaker_weights = utils.open_weaker_network(config, device)
     config.sample.compile = utils.choose_compile(config.sample.compile, device)
     for network in [nnet, weaker] if weaker else [nnet]:

@@ -18,7 +18,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from libs.solvers import SOLVERS, NoiseModel, dpm_solver_fast
+from libs.solvers import SOLVERS, NoiseModel, Solver, dpm_solver_fast
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
 
@@ -373,6 +373,16 @@ def euler_maruyama(
 
 # --- Any solver by name -----------------------------------------------------------------------------------------------
 
+SAMPLERS: dict[str, Solver] = {
+    **SOLVERS,
+    "euler_maruyama_sde": Solver(
+        lambda eps, schedule, x, steps, draw: euler_maruyama(eps, schedule, x, steps, draw=draw), draws=True
+    ),
+    "euler_maruyama_ode": Solver(
+        lambda eps, schedule, x, steps, draw: euler_maruyama(eps, schedule, x, steps, ode=True)
+    ),
+}
+
 
 def solve(
     noise_model: NoiseModel,
@@ -386,15 +396,13 @@ def solve(
     """From noise x (B, C, H, W) to a sample of its shape, in `steps` evaluations of eps(x, t).
 
     Args:
-        algorithm: a key of `libs.solvers.SOLVERS`, euler_maruyama_sde or euler_maruyama_ode.
+        algorithm: a key of `SAMPLERS`.
         order: of the algorithm dpm_solver.
         draw: gives standard normal noise of the shape of x, where the algorithm draws any.
     """
     if algorithm == "dpm_solver":
         return dpm_solver_fast(noise_model, schedule, x, steps, order)
-    if algorithm in SOLVERS:
-        return SOLVERS[algorithm](noise_model, schedule, x, steps, draw)
-    return euler_maruyama(noise_model, schedule, x, steps, algorithm == "euler_maruyama_ode", draw)
+    return SAMPLERS[algorithm](noise_model, schedule, x, steps, draw)
 
 
 class SolverScheduler(SchedulerMixin, ConfigMixin):

@@ -125,6 +125,7 @@ def resume(
             logging.warning("passed over: %s", error)
             continue
         saved = {name: state.get(name, {}) for name in settings}
+        saved["config"] = utils.config_json(utils.config_from_json(saved["config"]))  # with what was added since
         run_record.check_same_run(settings, saved, may_change, folder)
         checkpoint.load_weights(nnet, tensors[checkpoint.WEIGHTS_FILE], str(folder))
         for name, average in averages.items():

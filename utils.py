@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sde
-from configs.common import base
+from configs import common
 from libs.adm_suite import Reference, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
-from libs.checkpoint import find_weights, load_weights, read_state_dict
+from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
 from libs.depthwise import KERNELS, check_triton
 from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
@@ -32,8 +33,8 @@ from libs.latents import LatentStore
 from libs.monitor import peak_flops
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
-from libs.sample_set import OUTPUTS
-from libs.solvers import SOLVERS
+from libs.run_record import flat
+from libs.sample_set import OUTPUTS, differences
 from libs.transfer import to_device
 
 ROOT = Path(__file__).resolve().parent
@@ -55,14 +56,15 @@ def config_json(config: ml_collections.ConfigDict) -> dict:
 
 
 def config_from_json(values: dict) -> ml_collections.ConfigDict:
-    """The config that `config_json` was given; fields that it did not have get their value of configs/common.py.
+    """The config that `config_json` was given; fields that it did not have, also of stages, get their value of
+    configs/common.py: they were added later.
 
     Raises:
         ValueError: values that are no config of this project.
     """
-    config, values = base(), json.loads(json.dumps(values), object_hook=_tuples)
+    config, values = common.base(), json.loads(json.dumps(values), object_hook=_tuples)
     try:
-        values["nnet"]["stages"] = tuple(ml_collections.ConfigDict(stage) for stage in values["nnet"]["stages"])
+        values["nnet"]["stages"] = tuple(common.stage(**fields) for fields in values["nnet"]["stages"])
         config.update(values)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the settings saved with the weights are no config of this project: {error}") from error
@@ -72,6 +74,54 @@ def config_from_json(values: dict) -> ml_collections.ConfigDict:
 def _tuples(values: dict) -> dict:
     """JSON's lists as the tuples that configs have."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def config_of(weights: Path, config_path: str | None) -> tuple[ml_collections.ConfigDict, int | None]:
+    """The config and the training step (None: unknown) of a weights file; `config_path` in place of the saved config.
+
+    Raises:
+        ValueError, OSError: there is no config, a damaged one, or one of another network than the saved one.
+    """
+    saved = saved_settings(weights)
+    if config_path is not None:
+        if not Path(config_path).is_file():
+            raise FileNotFoundError(f"no config at --config {config_path}")
+        config = load_config(config_path)
+        check_trained_as(config, weights)
+    elif saved is not None:
+        config = config_from_json(saved["config"])
+    else:
+        raise ValueError(f"no config is saved with {weights}: give the one it was trained with as --config")
+    return config, saved and saved["step"]
+
+
+def check_trained_as(config: ml_collections.ConfigDict, weights: Path) -> None:
+    """Is it the network that the weights were trained in? Many a setting leaves tensors' names and shapes as they are.
+
+    Weights without a saved config pass.
+
+    Raises:
+        ValueError: `config` differs in `network_settings` from the one saved with the weights; both values are named.
+    """
+    saved = saved_settings(weights)
+    if saved is None:
+        return
+    if different := differences(network_settings(config_from_json(saved["config"])), network_settings(config)):
+        raise ValueError(
+            f"{weights} was trained with another config ({'; '.join(different)}): give the config that it was trained "
+            "with, or set these as they are there"
+        )
+
+
+def network_settings(config: ml_collections.ConfigDict) -> dict:
+    """Which network, and what its inputs and noise predictions mean: {name in the config: JSON value}."""
+    values = config_json(config)
+    return {
+        **flat(values["nnet"], "nnet"),
+        "schedule": values["schedule"],
+        "z_shape": values["z_shape"],
+        "dataset.n_classes": values["dataset"]["n_classes"],
+    }
 
 
 def build_stages(config: ml_collections.ConfigDict) -> list[StageSpec]:
@@ -278,8 +328,6 @@ def open_weaker_network(
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
-SAMPLERS = (*SOLVERS, "euler_maruyama_sde", "euler_maruyama_ode")
-
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raises ValueError for a setting that is none of those allowed."""
@@ -290,17 +338,19 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 def check_sampling(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for sampling settings that cannot work, before anything is loaded."""
     sample = config.sample
-    for name, allowed in (("algorithm", SAMPLERS), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
+    for name, allowed in (("algorithm", tuple(sde.SAMPLERS)), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
         check_choice(f"config.sample.{name}", sample[name], allowed)
     check_choice("config.sample.depthwise_kernel", sample.depthwise_kernel, KERNELS)
     if sample.algorithm.startswith("euler_maruyama") and config.schedule == "sd":
         raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
     if sample.order not in (1, 2, 3):
         raise ValueError(f"config.sample.order must be 1, 2 or 3; found {sample.order}")
-    least = {"dpm_solver": sample.order, "dpm_solver_2m": 2, "dpm_solver_3m": 3}.get(sample.algorithm, 1)
+    least = sample.order if sample.algorithm == "dpm_solver" else sde.SAMPLERS[sample.algorithm].least_steps
     for name in ("sample_steps", "grid_steps"):
         if sample[name] < least:
-            raise ValueError(f"config.sample.{name} must be at least the solver's order, {least}; found {sample[name]}")
+            raise ValueError(
+                f"config.sample.{name} must be at least {least} for {sample.algorithm}; found {sample[name]}"
+            )
     for name in ("n_samples", "mini_batch_size"):
         if sample[name] < 1:
             raise ValueError(f"config.sample.{name} must be at least 1; found {sample[name]}")
@@ -500,6 +550,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         return rest
     except (AttributeError, KeyError, IndexError) as error:
         problem = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
+        if isinstance(error, IndexError) and (path := re.search(r"--config[= ](\S+)", " ".join(argv))):
+            n_stages = len(load_config(path[1]).nnet.stages)
+            problem += f" (the config has {n_stages} stages, 0 to {n_stages - 1})"
         message = f"an override names a field that the config does not have: {problem}"
     except (OSError, ImportError, SyntaxError) as error:
         message = f"--config could not be read: {str(error).splitlines()[-1].strip()}"

@@ -25,12 +25,12 @@ def stage(block_type, dim, depth, num_heads=16, kernel_size=7, mlp_ratio=2.0):
     )
 
 
-def transformer(dim, depth, num_heads=16):
-    return stage("TransformerBlock", dim, depth, num_heads=num_heads)
+def transformer(dim, depth, **settings):
+    return stage("TransformerBlock", dim, depth, **settings)
 
 
-def convnext(dim, depth, kernel_size=7):
-    return stage("ConvNeXtBlock", dim, depth, kernel_size=kernel_size)
+def convnext(dim, depth, **settings):
+    return stage("ConvNeXtBlock", dim, depth, **settings)
 
 
 def base():
@@ -103,7 +103,7 @@ def base():
     config.resume_changes = ()  # settings (such as "optimizer.lr") that may differ from the checkpoint's when resuming
 
     config.sample = d(
-        # dpm_solver (fast singlestep; released), dpm_solver_2m, dpm_solver_3m, ddim, ddpm, heun; with a continuous
+        # a name in SOLVERS of libs/solvers.py, such as dpm_solver (fast singlestep; released); with a continuous
         # schedule also euler_maruyama_sde, euler_maruyama_ode
         algorithm="dpm_solver",
         order=3,  # of dpm_solver: 1, 2 or 3

@@ -48,15 +48,16 @@ def check_same_run(settings: dict, saved: dict, may_change: Sequence[str], sourc
     now, then = flat(settings), flat(saved)
     allowed = FREE_SETTINGS + tuple(r"(config\.)?" + re.escape(name) + r"(\..*|\[.*)?" for name in may_change)
     different = [
-        f"{name}: {then.get(name)} there, {now.get(name)} now"
+        name
         for name in sorted(now.keys() | then.keys())
         if now.get(name) != then.get(name) and not any(re.fullmatch(pattern, name) for pattern in allowed)
     ]
     if different:
+        lines = "".join(f"  {name}: {then.get(name)} there, {now.get(name)} now\n" for name in different)
+        names = tuple(name.removeprefix("config.") for name in different)
         raise ValueError(
-            f"{source} was trained with other settings:\n  "
-            + "\n  ".join(different)
-            + "\nUse another --workdir, or name what may change in --config.resume_changes=\"('optimizer.lr',)\""
+            f"{source} was trained with other settings:\n{lines}"
+            f'Use another --workdir, or allow the change by --config.resume_changes="{names}"'
         )
 
 

@@ -9,6 +9,7 @@ device.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -84,7 +85,9 @@ def fast_orders(steps: int, order: int) -> list[int]:
     if order not in (1, 2, 3):
         raise ValueError(f"the solver's order must be 1, 2 or 3; found {order}")
     if steps < order:
-        raise ValueError(f"a solver of order {order} needs at least {order} steps; found {steps}: raise sample.steps")
+        raise ValueError(
+            f"a solver of order {order} needs at least {order} steps; found {steps}: raise config.sample.sample_steps"
+        )
     if order == 1:
         return [1] * steps
     if order == 2:
@@ -203,7 +206,7 @@ def dpm_solver_multistep(
     n = len(t) - 1
     if n < order:
         raise ValueError(
-            f"a solver of order {order} needs at least {order} steps; found {n}: raise sample.sample_steps"
+            f"a solver of order {order} needs at least {order} steps; found {n}: raise config.sample.sample_steps"
         )
     weights = [multistep_weights(lam[i - order + 1 : i + 2]) for i in range(order - 1, n)]
     predictions = []  # of the data, newest first
@@ -284,22 +287,45 @@ def heun(
 
 # --- By name ----------------------------------------------------------------------------------------------------------
 
-Solver = Callable[[NoiseModel, SolverSchedule, Tensor, int, Draw | None], Tensor]
 
-# solver(noise_model, schedule, x, steps, draw): from noise x at t_end to t_start in `steps` evaluations of noise_model.
-# Only ddpm calls draw. Grids: uniform in t where the released sampler or the paper has it; in lambda for the multistep
-# solvers, which are far more exact there (benchmarks/results/solvers.md); EDM's for heun.
+@dataclass(frozen=True)
+class Solver:
+    """An entry of `SOLVERS`, called as solver(noise_model, schedule, x, steps, draw).
+
+    From noise x (B, C, H, W) at schedule.t_end to a sample at schedule.t_start, in exactly `steps` evaluations of the
+    noise model.
+    """
+
+    solve: Callable[[NoiseModel, SolverSchedule, Tensor, int, Draw | None], Tensor]
+    least_steps: int = 1
+    draws: bool = False  # does it call draw?
+
+    def __call__(
+        self, noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, steps: int, draw: Draw | None
+    ) -> Tensor:
+        return self.solve(noise_model, schedule, x, steps, draw)
+
+
+# Grids: uniform in t where the released sampler or the paper has it; in lambda for the multistep solvers, which are far
+# more exact there (benchmarks/results/solvers.md); EDM's for heun.
 SOLVERS: dict[str, Solver] = {
-    "dpm_solver": lambda eps, schedule, x, steps, draw: dpm_solver_fast(eps, schedule, x, steps),
-    "dpm_solver_2m": lambda eps, schedule, x, steps, draw: dpm_solver_multistep(
-        eps, schedule, x, lambda_times(schedule, steps), 2
+    "dpm_solver": Solver(lambda eps, schedule, x, steps, draw: dpm_solver_fast(eps, schedule, x, steps), least_steps=3),
+    "dpm_solver_2m": Solver(
+        lambda eps, schedule, x, steps, draw: dpm_solver_multistep(eps, schedule, x, lambda_times(schedule, steps), 2),
+        least_steps=2,
     ),
-    "dpm_solver_3m": lambda eps, schedule, x, steps, draw: dpm_solver_multistep(
-        eps, schedule, x, lambda_times(schedule, steps), 3
+    "dpm_solver_3m": Solver(
+        lambda eps, schedule, x, steps, draw: dpm_solver_multistep(eps, schedule, x, lambda_times(schedule, steps), 3),
+        least_steps=3,
     ),
-    "ddim": lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps)),
-    "ddpm": lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps), 1.0, draw),
-    "heun": lambda eps, schedule, x, steps, draw: heun(
-        eps, schedule, x, karras_times(schedule, (steps + 1) // 2), euler_last=steps % 2 == 1
+    "ddim": Solver(lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps))),
+    "ddpm": Solver(
+        lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps), 1.0, draw),
+        draws=True,
+    ),
+    "heun": Solver(
+        lambda eps, schedule, x, steps, draw: heun(
+            eps, schedule, x, karras_times(schedule, (steps + 1) // 2), euler_last=steps % 2 == 1
+        )
     ),
 }

@@ -42,7 +42,6 @@ from libs.checkpoint import (
     fitting_weights,
     read_state_dict,
     released_name,
-    saved_settings,
 )
 from libs.class_names import class_names
 from libs.pipeline import DiMRNetwork, DiMRPipeline
@@ -96,24 +95,6 @@ class Model:
     source: Path
 
 
-def config_of(weights: Path, config_path: str | None) -> tuple[ml_collections.ConfigDict, int | None]:
-    """The config and the training step (None: unknown) of a weights file; `config_path` in place of the saved config.
-
-    Raises:
-        ValueError, OSError: there is no config, or a damaged one.
-    """
-    saved = saved_settings(weights)
-    if config_path is not None:
-        if not Path(config_path).is_file():
-            raise FileNotFoundError(f"no config at --config {config_path}")
-        config = utils.load_config(config_path)
-    elif saved is not None:
-        config = utils.config_from_json(saved["config"])
-    else:
-        raise ValueError(f"no config is saved with {weights}: give the one it was trained with as --config")
-    return config, saved and saved["step"]
-
-
 def read_model(path: str, config_path: str | None = None) -> Model:
     """Weights in any form, with their config.
 
@@ -122,7 +103,7 @@ def read_model(path: str, config_path: str | None = None) -> Model:
     """
     file = find_weights(path)
     state = read_state_dict(file)
-    config, step = config_of(file, config_path)
+    config, step = utils.config_of(file, config_path)
     state = fitting_weights(utils.build_network_on_meta(config), state, str(file))
     return Model(state, config, step, file)
 

@@ -9,6 +9,7 @@ FLOP/s that one GPU achieves on this model (two per multiply-add): what `train.p
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import ml_collections
@@ -34,6 +35,14 @@ def count(n: float) -> str:
         if abs(n) >= size:
             return f"{n / size:.2f} {unit}"
     return f"{n:.0f} "
+
+
+def rounded(n: float) -> str:
+    """Three digits: 3549216.6 -> 3,550,000, 12.04 -> 12, 0.0123 -> 0.0123; below that < 0.01."""
+    if n < 0.01:
+        return "< 0.01"
+    n = float(f"{n:.3g}")
+    return f"{n:,.0f}" if n >= 100 else f"{n:g}"
 
 
 def describe(config: ml_collections.ConfigDict, precision: str, memory_gb: float, tflops: float, gpus: int) -> str:
@@ -68,7 +77,7 @@ def describe(config: ml_collections.ConfigDict, precision: str, memory_gb: float
         # A recomputed forward is a third of a step; one that keeps its products costs next to none.
         more = 0 if keep_products or not every else 100 / 3 / every
         lines.append(
-            f"| {name} | {memory.state / 1e9:.1f} | {(memory.per_image + memory.block) / 1e6:.1f} "
+            f"| {name} | {rounded(memory.state / 1e9)} | {rounded((memory.per_image + memory.block) / 1e6)} "
             f"| {memory.largest_batch(0.9 * memory_gb * 1e9)} | {more:.0f} % |"
         )
 
@@ -79,11 +88,11 @@ def describe(config: ml_collections.ConfigDict, precision: str, memory_gb: float
     sampled = tflops * 1e12 / (2 * multiply_adds * evaluations)
     lines += [
         "",
-        f"At {tflops:g} TFLOP/s per GPU: {per_second:,.1f} trained images/s and {sampled:,.2f} sampled images/s "
-        f"({evaluations} evaluations each) per GPU.",
-        f"The configured run ({config.train.n_steps:,} steps of {config.train.batch_size}): {hours:,.0f} GPU-hours, "
-        f"{hours / gpus / 24:,.1f} days on {gpus} GPUs; {config.sample.n_samples:,} samples: "
-        f"{config.sample.n_samples / sampled / 3600:,.1f} GPU-hours.",
+        f"At {tflops:g} TFLOP/s per GPU: {rounded(per_second)} trained images/s and {rounded(sampled)} sampled "
+        f"images/s ({evaluations} evaluations each) per GPU.",
+        f"The configured run ({config.train.n_steps:,} steps of {config.train.batch_size}): {rounded(hours)} "
+        f"GPU-hours, {rounded(hours / gpus / 24)} days on {gpus} GPUs; {config.sample.n_samples:,} samples: "
+        f"{rounded(config.sample.n_samples / sampled / 3600)} GPU-hours.",
     ]
     return "\n".join(lines)
 
@@ -94,6 +103,8 @@ def main(argv: list[str]) -> None:
     for name in ("memory_gb", "tflops", "gpus"):
         if values[name].value <= 0:
             raise ValueError(f"--{name} must be above 0; found {values[name].value:g}")
+    # PyTorch asks how recomputation should treat hooks on kept tensors, of which libs/cost.py's only count.
+    warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
     print(describe(values.config, values.precision, values.memory_gb, values.tflops, values.gpus))
 
 

@@ -3,11 +3,19 @@
 python scripts/make_config_reference.py
 """
 
+import inspect
+import json
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from configs import common
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE, OUT = ROOT / "configs" / "common.py", ROOT / "docs" / "configuration.md"
+OUT = ROOT / "docs" / "configuration.md"
 
 ABOUT = {
     "": "The run",
@@ -53,7 +61,7 @@ def rows(lines: list[str]) -> list[tuple[str, str, str, str]]:
             if value.startswith("ml_collections"):
                 continue
             if not comment:
-                raise ValueError(f"{SOURCE.name}: {name} has no comment: say there what it means and may be")
+                raise ValueError(f"common.py: {name} has no comment: say there what it means and may be")
             found.append((section, name, "None" if value.startswith("placeholder") else value, comment))
             above = []
     return found
@@ -70,14 +78,7 @@ def table(title: str, of: list[tuple[str, str, str]]) -> str:
 
 def reference() -> str:
     """The whole document."""
-    text = SOURCE.read_text()
-    functions = dict(re.findall(r"^def (\w+)\((?:.*\n)*?((?:    .*\n|\n)+)", text, re.M))
-    signature = re.search(r"^def stage\((.*)\)", text, re.M)[1]
-    defaults = dict(part.split("=") for part in signature.split(", ") if "=" in part)
-    stage = [
-        (f"nnet.stages[i].{name}", defaults.get(name, ""), text) for _, name, _, text in rows_of(functions, "stage")
-    ]
-    base = rows_of(functions, "base")
+    stage, base = stage_rows(common.stage), rows_of(common.base)
     document = HEAD
     for section, title in ABOUT.items():
         of = [(f"{section}.{name}" if section else name, value, text) for s, name, value, text in base if s == section]
@@ -87,8 +88,18 @@ def reference() -> str:
     return document
 
 
-def rows_of(functions: dict[str, str], name: str) -> list[tuple[str, str, str, str]]:
-    return rows(functions[name].splitlines())
+def rows_of(function: Callable) -> list[tuple[str, str, str, str]]:
+    return rows(inspect.getsource(function).splitlines())
+
+
+def stage_rows(stage: Callable) -> list[tuple[str, str, str]]:
+    """(name, default, comment) of the settings of a branch, their defaults being the function's."""
+    defaults = {
+        name: json.dumps(parameter.default) if isinstance(parameter.default, str) else repr(parameter.default)
+        for name, parameter in inspect.signature(stage).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    return [(f"nnet.stages[i].{name}", defaults.get(name, ""), text) for _, name, _, text in rows_of(stage)]
 
 
 def main() -> None:

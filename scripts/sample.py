@@ -2,11 +2,12 @@
 
     python scripts/sample.py --classes "golden retriever,207" --nnet_path WEIGHTS [--config configs/NAME.py] \
         [--seed 0 --per_class 4 --cfg 1,1.4,3 --steps 20,50 --columns guidance] [--trajectory] --grid out.png
-    python scripts/sample.py --classes 3,7 --grid out.png
+    python scripts/sample.py --grid out.png
 
-The second line takes the digits model that scripts/quickstart.sh has trained. Classes are numbers or, of ImageNet's,
-names. The config is what is saved with the weights, unless given. Sample j of class k of the list has the index
-k * per_class + j: with the same seed, batches and settings it is eval.py's picture of that index and label, to the bit.
+The second line takes the digits model that scripts/quickstart.sh has trained, and the first ten classes. Classes are
+numbers or, of ImageNet's, names. The config is what is saved with the weights, unless given. Sample j of class k of the
+list has the index k * per_class + j: with the same seed, batches and settings it is eval.py's picture of that index and
+label, to the bit.
 
 --columns chooses what varies along a row, of class, sample, guidance and steps; the rest varies down the rows.
 --trajectory writes NAME_trajectory.png beside the grid: for the first sample of each class, at times t from 1 (noise)
@@ -37,7 +38,6 @@ from libs.class_names import class_label, class_names
 from libs.latents import replacing
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
-from scripts.convert_checkpoint import config_of
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
 AXES = ("class", "sample", "guidance", "steps")
@@ -61,7 +61,7 @@ class Model:
             nnet_path = folders[0]
         file = find_weights(nnet_path)
         state = read_state_dict(file)
-        self.config, _ = config_of(file, config_path)
+        self.config, _ = utils.config_of(file, config_path)
         self.accelerator = utils.make_accelerator()
         device = self.accelerator.device
         self.nnet = utils.build_network(self.config).to(device).eval().requires_grad_(False)
@@ -283,7 +283,7 @@ def numbers(text: str | None, kind: type, option: str) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", required=True, help="numbers or names, with commas between")
+    parser.add_argument("--classes", help="numbers or names, with commas between; the first ten unless given")
     parser.add_argument("--nnet_path", help="weights, as of eval.py; the quickstart's newest unless given")
     parser.add_argument("--config", help="the config it was trained with; what is saved with the weights unless given")
     parser.add_argument("--seed", type=int, help="the config's unless given")
@@ -305,7 +305,8 @@ def main() -> None:
             raise ValueError(f"--per_class must be at least 1; found {arguments.per_class}")
         scales, steps = numbers(arguments.cfg, float, "--cfg"), numbers(arguments.steps, int, "--steps")
         model = Model(arguments.nnet_path, arguments.config)
-        labels = [class_label(word, model.names) for word in arguments.classes.split(",")]
+        words = arguments.classes.split(",") if arguments.classes else range(min(10, len(model.names) or 1))
+        labels = [class_label(word, model.names) for word in words]
         for scale, n_steps in itertools.product(scales, steps):
             model.with_settings(arguments.seed, scale, n_steps)  # a bad one is told before any is made
         save(sample_grid(model, labels, arguments.per_class, arguments.seed, scales, steps, columns), arguments.grid)

@@ -1,5 +1,7 @@
 """The cost model against closed forms and the published counts."""
 
+import re
+
 import pytest
 import torch
 from conftest import load_config, run
@@ -7,6 +9,7 @@ from torch import nn
 
 import utils
 from libs import cost
+from scripts import describe_model
 
 
 @pytest.mark.parametrize(("precision", "width"), [("no", 4), ("bf16", 2)])
@@ -51,5 +54,8 @@ def test_describe_model_prints_a_report():
     assert done.returncode == 0, done.stderr
     n_weights = sum(p.numel() for p in utils.build_network_on_meta(load_config("digits")).parameters())
     assert f"{n_weights:,}" in done.stdout and "largest batch per GPU" in done.stdout and "on 2 GPUs" in done.stdout
+    assert "Warning" not in done.stderr and not re.search(r"\d,\d{3}\.\d", done.stdout), done.stderr
+    found = [describe_model.rounded(n) for n in (3549216.6, 123.4, 12.04, 0.01234, 1e-5)]
+    assert found == ["3,550,000", "123", "12", "0.0123", "< 0.01"]
     bad = run("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=0")
     assert bad.returncode == 1 and bad.stderr.strip().endswith("error: --gpus must be above 0; found 0")

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 import utils
+from configs import common
 from libs import dimr, norms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +207,37 @@ def test_the_configuration_reference_is_up_to_date():
     for name, value in fields.items():
         for field in [f"{name}.{key}" for key in value] if hasattr(value, "keys") else [name]:
             assert f"`{field}`" in text, field
+
+
+def longer_stage(
+    dim,
+    activation="gelu",
+    widths=(1, 2),
+):
+    return dict(
+        dim=dim,  # width
+        activation=activation,  # gelu or silu
+        widths=widths,  # of something, and something else
+    )
+
+
+def test_the_reference_reads_any_signature():
+    from scripts import make_config_reference
+
+    assert make_config_reference.stage_rows(longer_stage) == [
+        ("nnet.stages[i].dim", "", "width"),
+        ("nnet.stages[i].activation", '"gelu"', "gelu or silu"),
+        ("nnet.stages[i].widths", "(1, 2)", "of something, and something else"),
+    ]
+
+
+def test_short_forms_of_a_branch_take_its_other_settings():
+    assert common.transformer(96, 5, num_heads=4, mlp_ratio=3.0).mlp_ratio == 3.0
+    assert common.convnext(24, 3, mlp_ratio=3.0, kernel_size=5).to_dict() == {
+        **common.stage("ConvNeXtBlock", 24, 3).to_dict(),
+        "mlp_ratio": 3.0,
+        "kernel_size": 5,
+    }
 
 
 def test_links_lead_somewhere():

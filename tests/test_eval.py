@@ -14,6 +14,8 @@ import utils
 from img2npz import img2npz
 from libs.checkpoint import load_weights, read_state_dict, released_name
 from libs.sample_set import balanced_label
+from libs.solvers import SOLVERS
+from scripts import convert_checkpoint as converting
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +149,9 @@ def test_guidance_flags(tiny_config, weights, tmp_path):
     assert "no scores: no reference statistics" in done.stderr
 
 
-@pytest.mark.parametrize("algorithm", ["dpm_solver_2m", "dpm_solver_3m", "ddim", "ddpm", "heun"])
+@pytest.mark.parametrize("algorithm", [name for name in SOLVERS if name != "dpm_solver"])
 def test_other_samplers_run(tiny_config, weights, tmp_path, algorithm):
-    tiny_config.sample.update(algorithm=algorithm, n_samples=3)
+    tiny_config.sample.update(algorithm=algorithm, n_samples=3, sample_steps=max(4, SOLVERS[algorithm].least_steps))
     evaluation.evaluate(tiny_config, str(weights), tmp_path)
     assert len(set(contents(tmp_path).values())) == 5
 
@@ -161,7 +163,7 @@ def test_labels_are_balanced():
 @pytest.mark.parametrize(
     ("changes", "path", "message"),
     [
-        ({"sample_steps": 2}, None, "at least the solver's order, 3; found 2"),
+        ({"sample_steps": 2}, None, "sample_steps must be at least 3 for dpm_solver; found 2"),
         ({"order": 4, "sample_steps": 9}, None, "config.sample.order must be 1, 2 or 3; found 4"),
         ({"scale_pow": -1.0}, None, "must be above 0; found -1"),
         ({"algorithm": "euler_maruyama_sde"}, None, "needs config.schedule vpsde or vpsde_cosine; found sd"),
@@ -176,13 +178,40 @@ def test_bad_input_is_clear_and_early(tiny_config, weights, tmp_path, changes, p
 
 
 def test_another_shape_names_the_first_tensors(tiny_config, weights, tmp_path):
+    """Of weights that know nothing of their config."""
+    torch.save(read_state_dict(weights / "nnet_ema.safetensors"), tmp_path / "a.pth")
     tiny_config.nnet.stages[0].dim = 32
     with pytest.raises(ValueError, match=r"patch_embed.weight: expected shape \(32, 4, 2, 2\), found \(16, 4, 2, 2\)"):
-        evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
+        evaluation.evaluate(tiny_config, str(tmp_path / "a.pth"), tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.nnet.stages[0].update(num_heads=2), r"nnet.stages\[0\].num_heads: 4 there, 2 now"),
+        (lambda config: config.nnet.update(norm_type="LN"), "nnet.norm_type: TDRMSN there, LN now"),
+        (lambda config: config.update(schedule="vpsde"), "schedule: sd there, vpsde now"),
+        (lambda config: config.update(z_shape=(4, 16, 8)), r"z_shape: \[4, 8, 8\] there, \[4, 16, 8\] now"),
+        (lambda config: config.dataset.update(n_classes=2), "dataset.n_classes: 3 there, 2 now"),
+    ],
+)
+def test_a_config_that_the_weights_were_not_trained_with_is_refused(tiny_config, weights, tmp_path, change, message):
+    """From every form that has its config with it; most of these leave names and shapes of all tensors equal."""
+    converting.convert(str(weights), tmp_path / "own" / "a.safetensors")
+    converting.convert(str(weights), tmp_path / "pipeline")
+    change(tiny_config)
+    for path in (weights, tmp_path / "own" / "a.safetensors", tmp_path / "pipeline"):
+        with pytest.raises(ValueError, match=rf"was trained with another config \({message}\): give the config"):
+            evaluation.evaluate(tiny_config, str(path), tmp_path / "images")
+    assert not (tmp_path / "images").exists()
 
 
 def test_command_line_errors(tiny_config, weights, tmp_path):
-    for flags, message in ((["--cfg=0.4"], "error: the guidance scale"), (["extra"], "error: expected only flags")):
+    for flags, message in (
+        (["--cfg=0.4"], "error: the guidance scale"),
+        (["extra"], "error: expected only flags"),
+        (["--config.nnet.stages[4].dim=8"], "(the config has 2 stages, 0 to 1)"),
+    ):
         done = evaluate(tiny_config, weights, tmp_path / "images", *flags)
         assert done.returncode != 0 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and not (tmp_path / "images").exists()

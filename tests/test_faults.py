@@ -20,6 +20,7 @@ from conftest import ROOT, overrides, run
 from test_train import assert_same_checkpoint, losses
 
 import train as training
+import utils
 from libs import checkpoint, pictures
 from libs.ema import EMA, PowerEMA, gamma_of_width, posthoc_weights, width_of_gamma
 from libs.latents import LatentStore
@@ -197,11 +198,37 @@ def test_other_settings_are_refused_unless_allowed(tiny_config, tmp_path):
     training.train(tiny_config, tmp_path)
     tiny_config.train.n_steps = 4
     tiny_config.optimizer.lr = 5e-4
-    with pytest.raises(ValueError, match=r"config.optimizer.lr: 0.003 there, 0.0005 now"):
+    tiny_config.init.freeze = ("head",)
+    with pytest.raises(ValueError, match=r"config.optimizer.lr: 0.003 there, 0.0005 now") as refused:
         training.train(tiny_config, tmp_path)
+    tiny_config.init.freeze = ()
+    names = ("init.freeze", "init.freeze[0]", "optimizer.lr")
+    assert str(refused.value).endswith(f'allow the change by --config.resume_changes="{names}"')
     tiny_config.resume_changes = ("optimizer.lr",)
     training.train(tiny_config, tmp_path)
     assert len(losses(tmp_path)) == 4
+
+
+def test_a_setting_added_since_the_checkpoint_has_its_default_there(tiny_config, tmp_path):
+    """The settings of a checkpoint as of before they were there: in a section, of every stage, and a whole section."""
+    tiny_config.train.n_steps = 3
+    training.train(tiny_config, tmp_path)
+    state_file = tmp_path / "ckpts" / "3.ckpt" / "state.json"
+    state = json.loads(state_file.read_text())
+    del state["config"]["nnet"]["norm_type"], state["config"]["init"]
+    for stage in state["config"]["nnet"]["stages"]:
+        del stage["mlp_ratio"]
+    digests = state.pop("sha256")
+    digests["state.json"] = checkpoint.json_digest(state)
+    state_file.write_text(json.dumps({**state, "sha256": digests}))
+    tiny_config.train.n_steps = 4
+    training.train(tiny_config, tmp_path)
+    assert len(losses(tmp_path)) == 4
+    utils.check_trained_as(tiny_config, tmp_path / "ckpts" / "3.ckpt" / "nnet_ema.safetensors")
+    tiny_config.train.n_steps = 5
+    tiny_config.nnet.norm_type = "RMSN"
+    with pytest.raises(ValueError, match=r"config.nnet.norm_type: TDRMSN there, RMSN now"):
+        training.train(tiny_config, tmp_path)
 
 
 def test_old_checkpoints_are_pruned(tiny_config, tmp_path):

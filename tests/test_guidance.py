@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
 import utils
+from libs.randomness import SampleNoise
+from libs.solvers import Solver
 
 B = 3
 
@@ -123,24 +125,19 @@ def on_meta(tiny_config):
     return make
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "draws"),
-    [
-        *((name, 1) for name in ("dpm_solver", "dpm_solver_2m", "dpm_solver_3m", "ddim", "heun")),
-        ("ddpm", 12),
-        ("euler_maruyama_ode", 1),
-        ("euler_maruyama_sde", 12),
-    ],
-)
-def test_sampling_never_waits_and_calls_the_network_once_per_step(on_meta, algorithm, draws):
+@pytest.mark.parametrize("algorithm", sde.SAMPLERS)
+def test_sampling_never_waits_and_calls_the_network_once_per_step(on_meta, algorithm, monkeypatch):
     """Guided, to uint8 images: one call on 2 B images per evaluation; only noise and labels are copied."""
     schedule = "vpsde" if algorithm.startswith("euler") else "sd"
     nnet, sample = on_meta(algorithm=algorithm, scale=2.0, schedule=schedule)
+    draw, draws = SampleNoise.draw, []
+    monkeypatch.setattr(SampleNoise, "draw", lambda noise: draws.append(draw(noise)) or draws[-1])
     with NoWaiting() as mode:
         images = sample(range(5), [0, 0, 1, 2, 3])
     assert images.is_meta and images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
     assert nnet.calls == [10] * 12
-    assert mode.copies == draws + 1  # noise for each draw, and the labels
+    assert mode.copies == len(draws) + 1  # noise for each draw, and the labels
+    assert (len(draws) > 1) == sde.SAMPLERS[algorithm].draws
 
 
 def test_interval_and_weaker_network_do_not_wait_either(on_meta):
@@ -166,7 +163,7 @@ def test_a_step_that_reads_a_value_is_found():
         torch.zeros(2).to("meta")
 
 
-def test_settings_that_cannot_work(tiny_config):
+def test_settings_that_cannot_work(tiny_config, monkeypatch):
     def refuses(message, **settings):
         before = dict(tiny_config.sample)
         tiny_config.sample.update(settings)
@@ -179,6 +176,9 @@ def test_settings_that_cannot_work(tiny_config):
     refuses("autoguidance_config is set without config.sample.autoguidance_path", autoguidance_config="x.py")
     refuses("no config at config.sample.autoguidance_config=x.py", autoguidance_path="a", autoguidance_config="x.py")
     refuses(r"no checkpoint at nowhere", autoguidance_path="nowhere")
+    monkeypatch.setitem(sde.SAMPLERS, "slow", Solver(None, least_steps=7))
+    refuses("config.sample.sample_steps must be at least 7 for slow; found 6", algorithm="slow", sample_steps=6)
+    refuses("config.sample.algorithm must be one of dpm_solver, .*, slow; found 'fast'", algorithm="fast")
     refuses(
         r"the guiding network's z_shape must be that of the guided one, \(4, 8, 8\); found \(4, 32, 32\)",
         autoguidance_path="a",

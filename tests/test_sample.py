@@ -74,6 +74,14 @@ def test_the_program_draws_the_grid_and_the_trajectory(weights, model, tmp_path)
     assert np.array_equal(shown[:, -100:-4:6], made[1.0, 3][0])
 
 
+def test_without_classes_it_takes_the_first_ten(tiny_config, weights, tmp_path):
+    """Of three; drawn as when they are named."""
+    for name, flags in (("a.png", ()), ("b.png", ("--classes", "0,1,2"))):
+        done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--steps", 3, "--grid", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_every_branch_estimates_the_picture_at_its_resolution(model):
     """From the true noise of each resolution the estimate is the mean of x_0 over its cells."""
     torch.manual_seed(0)
@@ -107,6 +115,7 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
         (("--classes", "dog"), "error: no class is called 'dog'"),
         (("--classes", "1", "--cfg", "0.5"), "error: the guidance scale must be at least 1"),
         (("--classes", "1", "--nnet_path", "none.safetensors"), "error: no checkpoint at none.safetensors"),
+        (("--classes", "1", "--config", "configs/digits.py"), "was trained with another config (nnet."),
     ):
         done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--grid", tmp_path / "grid.png")
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
