@@ -22,7 +22,7 @@ def get_config():
 
     config.train.n_steps = 2000
     config.train.batch_size = 64
-    config.train.eval_interval = 500
+    config.train.eval_interval = 1000
     config.train.save_interval = 500
     config.train.keep_last = 2
     config.train.keep_interval = 0
