@@ -261,12 +261,12 @@ def guidance_weight(t: float, scale: float, power: float | None = None) -> float
 
 def check_guidance(scale: float, power: float | None, interval: tuple[float, float] | None = None) -> None:
     """Raises ValueError for a scale below 1, a power that is not positive, or an interval that is none."""
-    if scale < 1:
+    if not 1 <= scale < math.inf:  # nor NaN
         raise ValueError(
             f"the guidance scale must be at least 1 (1 = none, eps = uncond + scale (cond - uncond)); found {scale:g}. "
             f"The released code's constant convention writes it one lower: its {scale:g} is --cfg={scale + 1:g} here"
         )
-    if power is not None and power <= 0:
+    if power is not None and not 0 < power < math.inf:
         raise ValueError(f"the power of the guidance schedule must be above 0; found {power:g} (leave it out for none)")
     if interval is not None:
         numbers = [value for value in interval if isinstance(value, int | float)]

@@ -73,6 +73,12 @@ def test_a_weaker_network_guides_with_the_same_labels():
     assert nnet.calls == [B, B] and weaker.calls == [B]
 
 
+@pytest.mark.parametrize("scale", [0.4, float("nan"), float("inf")])
+def test_no_scale(scale):
+    with pytest.raises(ValueError, match="the guidance scale must be at least 1"):
+        sde.check_guidance(scale, None)
+
+
 @pytest.mark.parametrize("interval", [(1.0,), (2.0, 1.0), (-1.0, 1.0), (1.0, 1.0), ("a", "b"), (float("nan"), 1.0)])
 def test_no_interval(interval):
     with pytest.raises(
