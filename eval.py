@@ -32,8 +32,8 @@ import sde
 import utils
 from libs.adm_suite import Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
-from libs.checkpoint import ema_profile, file_digest, find_weights, load_weights, read_state_dict
-from libs.latents import replacing
+from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
+from libs.files import file_digest, replacing
 from libs.report import NAMES, write_report
 from libs.sample_set import (
     LABELS_FILE,

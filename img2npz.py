@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from libs.latents import replacing
+from libs.files import replacing
 from libs.sample_set import SampleSet, few
 
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from libs import checkpoint
 from libs.autoencoder import load_autoencoder
+from libs.files import file_digest
 from libs.latents import StoreWriter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -495,7 +496,7 @@ class Faults:
         run = self.copy("pickle-inside", 20, n_steps=22)
         (run.folder(20) / "nnet.safetensors").write_bytes(pickle.dumps({"weight": Harmful(marker)}))
         state = json.loads((run.folder(20) / "state.json").read_text())
-        state["sha256"]["nnet.safetensors"] = checkpoint.file_digest(run.folder(20) / "nnet.safetensors")
+        state["sha256"]["nnet.safetensors"] = file_digest(run.folder(20) / "nnet.safetensors")
         (run.folder(20) / "state.json").write_text(json.dumps(state))
         first, _ = run.finish()
         expect(f"passed over: {run.folder(20)}" in run.log.read_text() and not marker.exists(), run.log.read_text())

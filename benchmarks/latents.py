@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from libs.data import StepBatches, make_loader
+from libs.files import json_digest
 from libs.images import ImageTree, read_image
-from libs.latents import LatentStore, StoreWriter, hash_json
+from libs.latents import LatentStore, StoreWriter
 from libs.read_ahead import read_ahead
 from scripts import extract_imagenet_feature
 
@@ -163,7 +164,7 @@ def opening_a_large_store(workdir):
         "labels": labels,
         "n_records": n_records,
     }
-    (path / "index.json").write_text(json.dumps({**index, "sha256": hash_json(index)}))
+    (path / "index.json").write_text(json.dumps({**index, "sha256": json_digest(index)}))
     program = (
         "import resource, time\n"
         "from libs.latents import LatentStore\n"

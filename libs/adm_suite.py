@@ -21,9 +21,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from libs.checkpoint import file_digest
+from libs.files import file_digest, read_npy_header, replacing
 from libs.inception import CLASSES, POOL, SPATIAL, AdmInception, load_adm_inception
-from libs.latents import read_npy_header, replacing
 from libs.metrics import (
     GaussianStatistics,
     frechet_distance,

@@ -3,10 +3,8 @@
 Nothing here unpickles freely: `.pth` files are read with weights_only=True.
 """
 
-import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from libs.files import file_digest, flush_to_disk, json_digest
 from libs.sharding import cut_like
 
 # (this project's name, released name); each pair is undone by its mirror image, so the table serves both directions.
@@ -325,26 +324,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     packed = optimizer.state_dict()
     packed["state"] = {positions[id(parameters[name])]: values for name, values in state.items()}
     optimizer.load_state_dict(packed)
-
-
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def json_digest(value: dict) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from libs.latents import read_npy_header
+from libs.files import read_npy_header
 
 
 class UViTFolder:

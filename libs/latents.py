@@ -22,13 +22,12 @@ import math
 import os
 import re
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+
+from libs.files import file_digest, json_digest, naming_the_way_out, read_npy_header, replacing
 
 FORMAT = "dimr-latents"
 VERSION = 1
@@ -126,7 +125,7 @@ class LatentStore:
     def verify(self) -> None:
         """Reads every file and compares its SHA-256 with the index. Raises ValueError naming all that differ."""
         entries = [*self.meta["shards"], self.meta["labels"]]
-        altered = [entry["file"] for entry in entries if hash_file(self.path / entry["file"]) != entry["sha256"]]
+        altered = [entry["file"] for entry in entries if file_digest(self.path / entry["file"]) != entry["sha256"]]
         if altered:
             raise ValueError(
                 f"{self.path}: the contents of {', '.join(altered)} are not what index.json states. Copy them again, "
@@ -208,7 +207,7 @@ class StoreWriter:
 
         Raises ValueError naming the settings that differ, OSError if the folder cannot be written.
         """
-        with _naming(self.path):
+        with naming_the_way_out(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / "index.json").exists():
                 self._compare(read_index(self.path))
@@ -298,7 +297,7 @@ class StoreWriter:
             "labels": self._write_npy("labels.npy", np.repeat(labels, n_views)),
             "shards": shards,
         }
-        index["sha256"] = hash_json(index)
+        index["sha256"] = json_digest(index)
         _check_index(index, self.path / "index.json")
         _write_json(self.path / "index.json", index)
         self.remove_leftovers()
@@ -344,61 +343,6 @@ def read_index(path: str | Path) -> dict:
             f"No latents at {path} (no index.json): make them with scripts/extract_imagenet_feature.py"
         )
     return _check_index(_read_json(file), file)
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only once it is whole and on the disk.
-
-    On any error the temporary file is removed and whatever was at `path` stays. OSErrors name `path`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with _naming(path):
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def read_npy_header(file: BinaryIO, name: str | Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Reads the header of an open .npy file (version 1.0, C order), leaving the file at its first value.
-
-    Returns (shape, dtype). Raises ValueError, naming `name`, for anything else. Runs no code whatever the file holds.
-    """
-    try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("not version 1.0 of the .npy format")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        if fortran_order or min(shape, default=0) < 0:
-            raise ValueError("not a plain array in C order")
-    # numpy parses the header as a Python literal and lets through whatever Python's parser raises on a damaged one
-    except Exception as error:
-        raise ValueError(f"{name} is not a readable .npy file: {error or type(error).__name__}") from error
-    return shape, dtype
-
-
-def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_json(value: dict) -> str:
-    """SHA-256 of a JSON value: of an index, without its own `sha256`, it is what that key holds."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _shard_name(number):
@@ -463,7 +407,7 @@ def _check_index(index, file):
             f"{file} is of format {_short(index.get('format'))} version {_short(index.get('version'))}, expected "
             f"{FORMAT} version {VERSION}: extract again, or use the release of this project that wrote it"
         )
-    if hash_json({key: value for key, value in index.items() if key != "sha256"}) != index.get("sha256"):
+    if json_digest({key: value for key, value in index.items() if key != "sha256"}) != index.get("sha256"):
         raise ValueError(
             f"{file} was altered: its contents do not match its own checksum. Copy it again, or extract again"
         )
@@ -519,16 +463,3 @@ def _is_count(value):
 def _short(value):
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
-
-
-@contextmanager
-def _naming(path):
-    """Gives an OSError of the block the path and the way out, once."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # named already
-            raise
-        raise OSError(
-            f"Cannot write {path}: {error.strerror}. Free space or permissions there, or set --out"
-        ) from error

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from libs.adm_suite import ImageSet, KeptFeatures, NpzImages, Reference, Scores
-from libs.checkpoint import WEIGHTS_FILE, file_digest
-from libs.latents import replacing
+from libs.checkpoint import WEIGHTS_FILE
+from libs.files import file_digest, replacing
 from libs.pictures import save_grid
 from libs.run_record import code_version
 

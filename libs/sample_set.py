@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from libs.latents import replacing
+from libs.files import replacing
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"

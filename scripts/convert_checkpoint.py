@@ -37,13 +37,13 @@ from libs.checkpoint import (
     CONFIG_KEY,
     PIPELINE_FILE,
     STATE_FILE,
-    file_digest,
     find_weights,
     fitting_weights,
     read_state_dict,
     released_name,
 )
 from libs.class_names import class_names
+from libs.files import file_digest
 from libs.pipeline import DiMRNetwork, DiMRPipeline
 
 CARD_FILE = "README.md"

@@ -35,7 +35,7 @@ import sde
 import utils
 from libs.checkpoint import checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label, class_names
-from libs.latents import replacing
+from libs.files import replacing
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
 

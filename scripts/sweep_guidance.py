@@ -33,8 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import eval as evaluation
 import utils
 from libs.adm_suite import SampledImages, open_reference, score_sets
-from libs.checkpoint import file_digest
-from libs.latents import replacing
+from libs.files import file_digest, replacing
 from libs.report import NAMES
 from libs.sample_set import RANGE
 from scripts import score_digits

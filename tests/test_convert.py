@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import utils
 from libs import checkpoint
 from libs.checkpoint import find_weights, read_state_dict, released_name, save_checkpoint
+from libs.files import file_digest
 from scripts import convert_checkpoint as converting
 
 
@@ -88,7 +89,7 @@ def test_a_training_checkpoint_brings_its_config_and_step(state, tiny_config, tm
     n = sum(tensor.numel() for tensor in state.values())
     assert f"| parameters | {n:,} |" in card and "| training step | 7 |" in card
     for file in (tmp_path / "own" / "a.safetensors", tmp_path / "7.ckpt" / "nnet_ema.safetensors"):
-        assert checkpoint.file_digest(file) in card
+        assert file_digest(file) in card
     config = json.loads(card.split("```json")[1].split("```")[0])
     assert config == saved["config"]
 

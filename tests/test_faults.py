@@ -23,6 +23,7 @@ import train as training
 import utils
 from libs import checkpoint, pictures
 from libs.ema import EMA, PowerEMA, gamma_of_width, posthoc_weights, width_of_gamma
+from libs.files import json_digest
 from libs.latents import LatentStore
 from libs.run_record import MetricsLog, log_to_trackers
 
@@ -219,7 +220,7 @@ def test_a_setting_added_since_the_checkpoint_has_its_default_there(tiny_config,
     for stage in state["config"]["nnet"]["stages"]:
         del stage["mlp_ratio"]
     digests = state.pop("sha256")
-    digests["state.json"] = checkpoint.json_digest(state)
+    digests["state.json"] = json_digest(state)
     state_file.write_text(json.dumps({**state, "sha256": digests}))
     tiny_config.train.n_steps = 4
     training.train(tiny_config, tmp_path)

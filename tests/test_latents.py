@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 
 import libs.latents
-from libs.latents import LatentStore, StoreWriter, hash_file, read_index, read_npy_header, replacing
+from libs.files import file_digest, json_digest, read_npy_header, replacing
+from libs.latents import LatentStore, StoreWriter, read_index
 
 SHAPE = (8, 4, 4)
 IDENTITY = {"sha256": "ab" * 32, "scaling_factor": 0.18215}
@@ -59,7 +60,7 @@ def rewrite_index(path, change):
     """Apply `change` to index.json and give it a fitting checksum again."""
     index = json.loads((path / "index.json").read_text())
     change(index)
-    index["sha256"] = libs.latents.hash_json({key: value for key, value in index.items() if key != "sha256"})
+    index["sha256"] = json_digest({key: value for key, value in index.items() if key != "sha256"})
     (path / "index.json").write_text(json.dumps(index))
 
 
@@ -84,7 +85,7 @@ def test_index_describes_the_store(tmp_path):
     assert (meta["version"], meta["n_images"], meta["n_records"]) == (1, 25, 50)
     assert meta["images_per_class"] == np.bincount(labels[::2]).tolist()
     assert (meta["resolution"], meta["flips"], meta["crop"], meta["dtype"]) == (32, True, "adm-centre", "float16")
-    assert all(entry["sha256"] == hash_file(tmp_path / "store" / entry["file"]) for entry in meta["shards"])
+    assert all(entry["sha256"] == file_digest(tmp_path / "store" / entry["file"]) for entry in meta["shards"])
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
         "index.json",
         "labels.npy",

@@ -16,7 +16,7 @@ import utils
 from img2npz import img2npz
 from libs import adm_suite
 from libs.adm_suite import NpzImages, Reference, Scores, open_reference
-from libs.checkpoint import file_digest
+from libs.files import file_digest
 from libs.inception import find_inception
 from libs.report import PUBLISHED, nearest_published, pick, published_for, usual_mistakes, write_report
 from scripts import evaluate_npz, sweep_guidance
