@@ -67,9 +67,8 @@ def main() -> None:
     )
     files = sorted((ROOT / "tests" / "golden").glob("tiny_*.safetensors"))
     found = {name: deviations(files[: 1 if way.compile != "off" else None], way) for name, way in WAYS.items()}
-    print(
-        f"| largest relative error over {len(files)} files (compiled: {files[0].stem}) | {' | '.join(found)} |\n|---{'|---' * len(found)}|"
-    )
+    head = f"largest relative error over {len(files)} files (compiled: {files[0].stem})"
+    print(f"| {head} | {' | '.join(found)} |\n|---{'|---' * len(found)}|")
     for group in found["float32"]:
         print(f"| {group} | {' | '.join(f'{errors[group]:.1e}' for errors in found.values())} |")
     losses = {precision: final_loss(precision, args.latents, args.n_steps, 50) for precision in ("no", "bf16")}
