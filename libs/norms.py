@@ -1,13 +1,16 @@
 """Normalisation layers, time-dependent (the paper's section 3.3) and plain. Every one is called as norm(x, t).
 
 Their backward passes are written out: they keep the input alone, which the network keeps anyway, where automatic
-differentiation would keep the normalised features beside it. Under autocast the result comes in the precision of the
-matrix products that it feeds, rounded once for all of them; all arithmetic here is float32.
+differentiation would keep the normalised features beside it. torch.compile is given the plain formulas: it chooses by
+itself what to keep, and PyTorch 2.11 compiles a written-out backward pass to wrong gradients. Under autocast the result
+comes in the precision of the matrix products that it feeds, rounded once for all of them; all arithmetic here is
+float32.
 
 Axes: B batch, D channels (always last), ... tokens or grid cells.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
@@ -41,7 +44,7 @@ def per_sample(vector: Tensor, x: Tensor) -> Tensor:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The precision in which a matrix product would take x: autocast's, or its own."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not available: the meta device
+    on = kind != "meta" and torch.is_autocast_enabled(kind)  # autocast does not know meta, and raises
     return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
@@ -49,8 +52,24 @@ def at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def scaled_rms(x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / (||x|| / sqrt(D) + eps) * gain, over the last axis, as `dtype`. x (B, ..., D), gain (B or 1, 1, ..., D)."""
+    if not torch.compiler.is_compiling():
+        return ScaledRMS.apply(x, gain, dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x))
+    return (x / (norm * x.shape[-1] ** -0.5 + RMS_EPS) * gain).to(dtype)
+
+
+def scaled_layer_norm(x: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * gain + shift, over the last axis, as `dtype`. Shapes as in scaled_rms."""
+    if not torch.compiler.is_compiling():
+        return ScaledLayerNorm.apply(x, gain, shift, dtype)
+    normalised = F.layer_norm(x.to(at_least_float32(x)), x.shape[-1:], eps=LAYER_NORM_EPS)
+    return (normalised * gain + shift).to(dtype)
+
+
 class ScaledRMS(torch.autograd.Function):
-    """x / (||x|| / sqrt(D) + eps) * gain, over the last axis. x (B, ..., D), gain (B or 1, 1, ..., D)."""
+    """`scaled_rms` with its backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,7 +90,7 @@ class ScaledRMS(torch.autograd.Function):
 
 
 class ScaledLayerNorm(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * gain + shift, over the last axis. Shapes as in ScaledRMS."""
+    """`scaled_layer_norm` with its backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,7 +131,7 @@ class TDLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         dtype = at_least_float32(x) if self.exact else product_dtype(x)
-        return ScaledLayerNorm.apply(x, per_sample(self.weight(t), x), per_sample(self.bias(t), x), dtype)
+        return scaled_layer_norm(x, per_sample(self.weight(t), x), per_sample(self.bias(t), x), dtype)
 
 
 class TDRMSNorm(nn.Module):
@@ -123,7 +142,7 @@ class TDRMSNorm(nn.Module):
         self.scale = TimeDependentVector(dim, 1.0)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return ScaledRMS.apply(x, per_sample(self.scale(t), x), product_dtype(x))
+        return scaled_rms(x, per_sample(self.scale(t), x), product_dtype(x))
 
 
 class RMSNorm(nn.Module):
@@ -134,7 +153,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return ScaledRMS.apply(x, per_sample(self.scale[None], x), product_dtype(x))
+        return scaled_rms(x, per_sample(self.scale[None], x), product_dtype(x))
 
 
 NORMS = {"TDRMSN": TDRMSNorm, "LN": TDLayerNorm, "RMSN": RMSNorm}
