@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from libs.errors import errors_in_one_line
 from libs.files import replacing
 from libs.sample_set import SampleSet, few
 
@@ -98,10 +99,8 @@ def main() -> None:
         "--n_samples", type=int, help="images expected (default: by sampling.json, class_lab.txt, else all)"
     )
     args = parser.parse_args()
-    try:
+    with errors_in_one_line():
         out, shape = img2npz(args.folders, args.out, args.n_samples)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"img2npz.py: {error}") from None
     if shape is None:
         print(f"{out} is complete and newer than the images: nothing to do")
     else:

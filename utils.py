@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
 from libs.depthwise import KERNELS, check_triton
 from libs.dimr import DiMR, StageSpec
+from libs.errors import is_for_users
 from libs.images import ImageDataset
 from libs.inception import find_inception
 from libs.interrupt import TIMEOUT
@@ -198,11 +198,16 @@ def choose_depthwise_kernel(nnet: DiMR, kernel: str, setting: str, device: torch
     nnet.use_depthwise_kernel(kernel)
 
 
-def compile_network(nnet: DiMR, how: str) -> None:
-    """Have torch.compile translate a network, in place, at its first call of each shape; `how`: whole, blocks or off.
+def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
+    """Have torch.compile translate a network, in place, at its first call of each shape.
 
-    Without graph breaks, for fixed shapes. For sampling there is also graphs: whole, and on a GPU its launches recorded
-    as one CUDA graph, so that the host's time per call does not count (it does with small batches).
+    Without graph breaks, for fixed shapes.
+
+    Args:
+        how: whole, blocks or off. For sampling also graphs: whole, and on a GPU its launches recorded as one CUDA
+            graph, so that the host's time per call does not count (it does with small batches).
+        final_weights: the weights will not change any more, and no gradient is asked for. On a CPU a network compiled
+            whole then keeps them laid out for its matrix products.
     """
     upsamplings = [stage.upsample for stage in nnet.stages[1:]]
     blocks = [block for stage in nnet.stages for block in stage.blocks]
@@ -212,6 +217,18 @@ def compile_network(nnet: DiMR, how: str) -> None:
         module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, mode=mode)
     if how == "graphs":
         nnet.forward = keeping_outputs(nnet.forward)
+    if how == "whole" and final_weights and next(nnet.parameters()).device.type == "cpu":
+        nnet.forward = packing_weights(nnet.forward)
+
+
+def packing_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A compiled function that, called without gradients, lays its weights out once for the matrix products."""
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch._inductor.config.patch(freezing=True):  # read as a call compiles; no option of torch.compile
+            return forward(*inputs)
+
+    return call
 
 
 def keeping_outputs(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -528,7 +545,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
             if lost_process(error):
                 error = f"another process of this run is gone; run the command again to go on ({error})"
-            elif not raised_by_own_check(error):
+            elif not is_for_users(error):
                 raise
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(3)  # if the first process fails alike, the launcher ends this one before it says it again
@@ -563,9 +580,3 @@ def lost_process(error: BaseException) -> bool:
     """Did a collective operation fail because the connection to another process broke?"""
     broken = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
     return isinstance(error, RuntimeError) and any(reason in str(error) for reason in broken)
-
-
-def raised_by_own_check(error: BaseException) -> bool:
-    """Was it raised by a line of this project (and not by a library or the interpreter)?"""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).is_relative_to(ROOT) and "site-packages" not in frame.filename and "raise" in frame.line

@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.adm_suite import NpzImages
+from libs.errors import errors_in_one_line
 from libs.files import replacing
 from libs.images import ImageBatches, ImageTree, Size, batch_ranges, image_size
 from libs.inception import find_inception, load_adm_inception
@@ -85,10 +86,8 @@ def compute(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with errors_in_one_line():
         compute(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"compute_fid_stats.py: {error}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from libs.checkpoint import (
     released_name,
 )
 from libs.class_names import class_names
+from libs.errors import errors_in_one_line
 from libs.files import file_digest
 from libs.pipeline import DiMRNetwork, DiMRPipeline
 
@@ -247,12 +248,8 @@ def main() -> None:
     parser.add_argument("--config", help="the config it was trained with; what is saved with the weights unless given")
     arguments = parser.parse_args()
     logging.use_absl_handler()
-    try:
+    with errors_in_one_line():
         convert(arguments.weights, arguments.out, arguments.config)
-    except (ValueError, OSError) as error:
-        if not utils.raised_by_own_check(error):
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

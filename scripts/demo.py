@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import utils
 from libs.class_names import class_label, find_classes
+from libs.errors import errors_in_one_line
 from scripts.sample import Model, class_caption, trajectory_sheet
 
 if TYPE_CHECKING:
@@ -241,12 +242,8 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no request leaves this machine
     if importlib.util.find_spec("gradio") is None:
         sys.exit("error: the page needs gradio: python -m pip install -r scripts/demo_requirements.txt")
-    try:
+    with errors_in_one_line():
         serve(Model(arguments.nnet_path, arguments.config), arguments.port)
-    except (ValueError, OSError) as error:
-        if not utils.raised_by_own_check(error):
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.adm_suite import ImageSet, SampledImages, check_sets, keep_features, open_reference, open_set, score_sets
+from libs.errors import errors_in_one_line
 from libs.inception import find_inception
 from libs.report import NAMES, usual_mistakes, write_report
 
@@ -82,10 +83,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING)
     args = parse_args(argv)
-    try:
+    with errors_in_one_line():
         evaluate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate_npz.py: {error}")
 
 
 if __name__ == "__main__":

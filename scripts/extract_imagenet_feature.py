@@ -30,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import load_autoencoder
+from libs.errors import errors_in_one_line
 from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
 
@@ -248,10 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     if args.workers is None:
         args.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    try:
+    with errors_in_one_line():
         extract(args, state)
-    except (ValueError, OSError) as error:
-        sys.exit(f"extract_imagenet_feature.py: {error}")
     state.wait_for_everyone()
     state.destroy_process_group()
 

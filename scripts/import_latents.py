@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import LOGVAR_RANGE, Autoencoder, load_autoencoder
+from libs.errors import errors_in_one_line
 from libs.feature_formats import FORMATS
 from libs.latents import DTYPES, LatentStore, StoreWriter
 
@@ -102,10 +103,8 @@ def import_latents(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with errors_in_one_line():
         import_latents(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"import_latents.py: {error}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import Autoencoder, load_autoencoder, sample_latents
+from libs.errors import errors_in_one_line
 from libs.latents import LatentStore
 
 CAPTION_HEIGHT = 16
@@ -90,10 +91,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with errors_in_one_line():
         inspect(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"inspect_latents.py: {error}")
 
 
 if __name__ == "__main__":

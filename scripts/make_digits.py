@@ -13,12 +13,17 @@ Running it again does nothing.
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from libs.errors import errors_in_one_line
 
 IMAGE_SIZE = 32
 N_HELD_OUT = 500
@@ -75,10 +80,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="workdir/quickstart/digits", help="folder to write (default: %(default)s)")
     args = parser.parse_args()
-    try:
+    with errors_in_one_line():
         written = make_digits(args.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"make_digits.py: {error}") from None
     if written is None:
         print(f"{args.out} is complete, nothing to do")
     else:

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from libs.errors import errors_in_one_line
 from scripts.make_digits import enlarge, split_indices
 
 N_CLASSES = 10
@@ -81,12 +82,10 @@ def main() -> None:
         "--n", type=int, default=1200, help="pictures in each folder, 10 or more (default: %(default)s)"
     )
     args = parser.parse_args()
-    try:
+    with errors_in_one_line():
         if args.n < N_CLASSES:
             raise ValueError(f"--n must be at least {N_CLASSES}, a pair of each class; found {args.n}")
         written = make_pictures(args.out, args.n)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"make_pictures.py: {error}") from None
     print(f"{args.out}: {args.n} pictures in each of pairs/ and crops/" if written else f"{args.out}: nothing to do")
 
 

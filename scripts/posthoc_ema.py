@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from libs.checkpoint import PROFILE_KEY, checkpoint_folders, read_state_dict
 from libs.ema import posthoc_weights
+from libs.errors import errors_in_one_line
 
 
 def stored_averages(root: Path, step: int | None) -> list[tuple[int, float, Path]]:
@@ -55,12 +56,10 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="training step at which it ends; the newest unless given")
     parser.add_argument("--out", required=True, type=Path, help=".safetensors to write, for --nnet_path")
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         stored = stored_averages(arguments.ckpts, arguments.step)
         step = arguments.step or max(t for t, _, _ in stored)
         state = combine(stored, step, arguments.width)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     profile = f"width {arguments.width:g}, reconstructed"
     save_file(state, arguments.out, metadata={PROFILE_KEY: profile})
     print(f"{arguments.out}: width {arguments.width:g} at step {step} from {len(stored)} stored averages")

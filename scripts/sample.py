@@ -35,6 +35,7 @@ import sde
 import utils
 from libs.checkpoint import checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label, class_names
+from libs.errors import errors_in_one_line
 from libs.files import replacing
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
@@ -297,7 +298,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, default=Path("samples.png"), help="the picture to write")
     arguments = parser.parse_args()
     logging.use_absl_handler()
-    try:
+    with errors_in_one_line():
         columns = tuple(arguments.columns.split(","))
         if not set(columns) <= set(AXES) or len(set(columns)) < len(columns):
             raise ValueError(f"--columns must be some of {', '.join(AXES)}; found {arguments.columns}")
@@ -317,10 +318,6 @@ def main() -> None:
             indices = [k * arguments.per_class for k in range(len(labels))]  # the first sample of each class
             save(trajectory_sheet(model, config, labels, indices), path)
             print(path)
-    except (ValueError, OSError) as error:
-        if not utils.raised_by_own_check(error):
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

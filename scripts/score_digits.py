@@ -34,6 +34,7 @@ from sklearn.neural_network import MLPClassifier
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import images as real_images
+from libs.errors import errors_in_one_line
 from libs.metrics import frechet_distance, gaussian_statistics
 from libs.sample_set import SampleSet
 
@@ -235,10 +236,8 @@ def main() -> None:
         "--seconds", type=float, default=0, help="time that the run took until here, to add to this program's"
     )
     args = parser.parse_args()
-    try:
+    with errors_in_one_line():
         report, made = make_report(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"score_digits.py: {error}") from None
     print(table(report))
     print(f"{report['n_images']} images, {args.out}" + ("" if made else " is current: nothing to do"))
 

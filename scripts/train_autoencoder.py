@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from libs.errors import errors_in_one_line
 from libs.images import ImageTree, read_image
 
 IMAGE_SIZE = 32
@@ -150,10 +151,8 @@ def main() -> None:
     parser.add_argument("--kl_weight", type=float, default=2e-3, help="weight of the KL in nats per latent element")
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()
-    try:
+    with errors_in_one_line():
         run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train_autoencoder.py: {error}") from None
 
 
 def run(args: argparse.Namespace) -> None:

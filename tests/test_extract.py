@@ -172,7 +172,7 @@ def test_a_file_size_limit_stops_cleanly_and_is_resumed(images, tmp_path, autoen
     command = [sys.executable, str(SCRIPT), *arguments(images, tmp_path / "out", autoencoder)]
     limited = subprocess.run(["bash", "-c", 'ulimit -f 8; exec "$@"', "-", *command], capture_output=True, text=True)
     assert limited.returncode == 1
-    assert limited.stderr.strip().splitlines()[-1].startswith("extract_imagenet_feature.py: Cannot write ")
+    assert limited.stderr.strip().splitlines()[-1].startswith("error: Cannot write ")
     assert "Traceback" not in limited.stderr
     assert sorted(contents(tmp_path / "out")) == ["unfinished.json"]
     run(images, tmp_path / "out", autoencoder)
