@@ -289,7 +289,7 @@ def open_networks(config: ml_collections.ConfigDict, nnet_path: str, device: tor
     config.sample.compile = utils.choose_compile(config.sample.compile, device)
     for network in [nnet, weaker] if weaker else [nnet]:
         utils.choose_depthwise_kernel(network, config.sample.depthwise_kernel, "config.sample.depthwise_kernel", device)
-        utils.compile_network(network, config.sample.compile)
+        utils.compile_network(network, config.sample.compile, final_weights=True)
     autoencoder = utils.open_autoencoder(config, device)
     return {"nnet": nnet, "weaker": weaker, "autoencoder": autoencoder}, {"nnet": weights, "weaker": weaker_weights}
 

@@ -80,7 +80,7 @@ class Variant:
         self.weights = (1.0,) if way == "dit" else utils.loss_weights(config)
         self.schedule = sde.get_schedule(config.schedule)
         if way == "compiled":
-            self.nnet.forward = torch.compile(self.nnet.forward, fullgraph=True, dynamic=False)
+            utils.compile_network(self.nnet, "whole", final_weights=args.task == "sample")
         generator = torch.Generator().manual_seed(1)
         shape = (args.batch, *config.z_shape)
         n_classes = max(config.dataset.n_classes, 1)

@@ -94,3 +94,18 @@ def test_recorded_graphs_give_outputs_of_their_own(graphs):
         found = nnet(x, t, y), nnet(x + 1, t, y)
     torch.testing.assert_close(found, expected)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_weights_are_frozen_into_a_translation_when_final(monkeypatch, final):
+    """In training they must not be: they change."""
+    nnet = utils.build_network(narrow(MODELS[0])).eval()
+    seen = []
+
+    def note(*inputs):
+        seen.append(torch._inductor.config.freezing)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: note)
+    utils.compile_network(nnet, "whole", final_weights=final)
+    nnet(None, None, None)
+    assert seen == [final] and not torch._inductor.config.freezing
