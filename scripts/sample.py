@@ -1,7 +1,8 @@
 """Pictures of chosen classes in one grid, and how they come about.
 
     python scripts/sample.py --classes "golden retriever,207" --nnet_path WEIGHTS [--config configs/NAME.py] \
-        [--seed 0 --per_class 4 --cfg 1,1.4,3 --steps 20,50 --columns guidance] [--trajectory] --grid out.png
+        [--autoencoder PATH] [--seed 0 --per_class 4 --cfg 1,1.4,3 --steps 20,50 --columns guidance] [--trajectory] \
+        --grid out.png
     python scripts/sample.py --grid out.png
 
 The second line takes the digits model that scripts/quickstart.sh has trained, and the first ten classes. Classes are
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import sde
 import utils
-from libs.checkpoint import checkpoint_folders, find_weights, load_weights, read_state_dict
+from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label, class_names
 from libs.errors import errors_in_one_line
 from libs.files import replacing
@@ -52,7 +53,7 @@ class Model:
     Raises ValueError or OSError for weights, a config or an autoencoder that are not there or do not fit.
     """
 
-    def __init__(self, nnet_path: str | None, config_path: str | None):
+    def __init__(self, nnet_path: str | None, config_path: str | None, autoencoder: str | None = None):
         if nnet_path is None:
             folders = checkpoint_folders(QUICKSTART)
             if not folders:
@@ -63,6 +64,9 @@ class Model:
         file = find_weights(nnet_path)
         state = read_state_dict(file)
         self.config, _ = utils.config_of(file, config_path)
+        self.config.autoencoder.pretrained_path = autoencoder or find_autoencoder(
+            self.config.autoencoder.pretrained_path, file
+        )
         self.accelerator = utils.make_accelerator()
         device = self.accelerator.device
         self.nnet = utils.build_network(self.config).to(device).eval().requires_grad_(False)
@@ -163,6 +167,18 @@ class Model:
     def decoded(self, x: Tensor) -> np.ndarray:
         """Latents or pixels as pictures; latents of a smaller grid make smaller pictures."""
         return as_pictures(to_uint8(self.autoencoder.decode(x) if self.autoencoder else x))
+
+
+def find_autoencoder(path: str, weights: Path) -> str:
+    """Where the autoencoder is that a config calls `path` ("": none, for pixels).
+
+    A pipeline's weights have theirs beside them. A relative path that is not in the working directory is the
+    repository's, where it was trained.
+    """
+    own, in_repository = weights.parent.parent / "vae", utils.ROOT / path
+    if path and weights.match(PIPELINE_FILE) and own.is_dir():
+        return str(own)
+    return str(in_repository) if not Path(path).exists() and in_repository.exists() else path
 
 
 def as_pictures(images: Tensor) -> np.ndarray:
@@ -287,6 +303,7 @@ def main() -> None:
     parser.add_argument("--classes", help="numbers or names, with commas between; the first ten unless given")
     parser.add_argument("--nnet_path", help="weights, as of eval.py; the quickstart's newest unless given")
     parser.add_argument("--config", help="the config it was trained with; what is saved with the weights unless given")
+    parser.add_argument("--autoencoder", help="file, folder or hub id; the config's unless given")
     parser.add_argument("--seed", type=int, help="the config's unless given")
     parser.add_argument("--per_class", type=int, default=1, help="samples of each class")
     parser.add_argument("--cfg", help="guidance scales, with commas between; the config's unless given")
@@ -305,7 +322,7 @@ def main() -> None:
         if arguments.per_class < 1:
             raise ValueError(f"--per_class must be at least 1; found {arguments.per_class}")
         scales, steps = numbers(arguments.cfg, float, "--cfg"), numbers(arguments.steps, int, "--steps")
-        model = Model(arguments.nnet_path, arguments.config)
+        model = Model(arguments.nnet_path, arguments.config, arguments.autoencoder)
         words = arguments.classes.split(",") if arguments.classes else range(min(10, len(model.names) or 1))
         labels = [class_label(word, model.names) for word in words]
         for scale, n_steps in itertools.product(scales, steps):

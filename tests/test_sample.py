@@ -11,6 +11,7 @@ from test_pipeline import save_weights
 import eval as evaluation
 import sde
 import utils
+from libs.checkpoint import PIPELINE_FILE
 from scripts import convert_checkpoint as converting
 from scripts import sample
 
@@ -82,6 +83,29 @@ def test_without_classes_it_takes_the_first_ten(tiny_config, weights, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_the_autoencoder_is_found_from_any_folder(tiny_config, tiny_autoencoder, weights, tmp_path, monkeypatch):
+    """A saved relative path is the repository's; a pipeline has its own; one that is given goes before both."""
+    monkeypatch.chdir(tmp_path)
+    found = sample.find_autoencoder("assets/digits_autoencoder", weights)
+    assert found == str(utils.ROOT / "assets/digits_autoencoder")
+    assert sample.find_autoencoder("", weights) == ""
+    for path in ("stabilityai/sd-vae-ft-ema", "assets/none.pth", str(tiny_autoencoder)):
+        assert sample.find_autoencoder(path, weights) == path
+    (tmp_path / "assets" / "digits_autoencoder").mkdir(parents=True)
+    assert sample.find_autoencoder("assets/digits_autoencoder", weights) == "assets/digits_autoencoder"
+
+    converting.convert(str(weights), tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / PIPELINE_FILE
+    assert sample.find_autoencoder("assets/none.pth", file) == str(tmp_path / "pipeline" / "vae")
+    assert sample.find_autoencoder("", file) == ""
+
+    tiny_config.autoencoder.pretrained_path = "assets/none.pth"
+    save_weights(tiny_config, tmp_path / "without.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"No autoencoder at assets/none\.pth"):
+        sample.Model(str(tmp_path / "without.safetensors"), None)
+    assert sample.Model(str(tmp_path / "without.safetensors"), None, str(tiny_autoencoder)).autoencoder
+
+
 def test_every_branch_estimates_the_picture_at_its_resolution(model):
     """From the true noise of each resolution the estimate is the mean of x_0 over its cells."""
     torch.manual_seed(0)
@@ -115,6 +139,7 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
         (("--classes", "dog"), "error: no class is called 'dog'"),
         (("--classes", "1", "--cfg", "0.5"), "error: the guidance scale must be at least 1"),
         (("--classes", "1", "--nnet_path", "none.safetensors"), "error: no checkpoint at none.safetensors"),
+        (("--classes", "1", "--autoencoder", "none.pth"), "error: No autoencoder at none.pth"),
         (("--classes", "1", "--config", "configs/digits.py"), "was trained with another config (nnet."),
     ):
         done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--grid", tmp_path / "grid.png")
