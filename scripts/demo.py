@@ -1,7 +1,7 @@
 """A local page that samples a class and shows what every branch predicts along the way.
 
     python -m pip install -r scripts/demo_requirements.txt
-    python scripts/demo.py [--nnet_path WEIGHTS --config configs/NAME.py] [--port 7860]
+    python scripts/demo.py [--nnet_path WEIGHTS --config configs/NAME.py --autoencoder PATH] [--port 7860]
 
 Without weights it takes the digits that scripts/quickstart.sh has trained. Sample j of the page is the picture that
 scripts/sample.py makes of the same class, seed and settings as its sample j. The page is served to this machine only
@@ -29,9 +29,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-import utils
 from libs.class_names import class_label, find_classes
-from libs.errors import errors_in_one_line
+from libs.errors import errors_in_one_line, is_for_users
 from scripts.sample import Model, class_caption, trajectory_sheet
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def told_in_page() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        if not utils.raised_by_own_check(error):
+        if not is_for_users(error):
             raise
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 
@@ -236,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nnet_path", help="weights, as of eval.py; the quickstart's newest unless given")
     parser.add_argument("--config", help="the config it was trained with; what is saved with the weights unless given")
+    parser.add_argument("--autoencoder", help="file, folder or hub id; the config's unless given")
     parser.add_argument("--port", type=int, default=7860, help="of the page on this machine")
     arguments = parser.parse_args()
     logging.use_absl_handler()
@@ -243,7 +243,7 @@ def main() -> None:
     if importlib.util.find_spec("gradio") is None:
         sys.exit("error: the page needs gradio: python -m pip install -r scripts/demo_requirements.txt")
     with errors_in_one_line():
-        serve(Model(arguments.nnet_path, arguments.config), arguments.port)
+        serve(Model(arguments.nnet_path, arguments.config, arguments.autoencoder), arguments.port)
 
 
 if __name__ == "__main__":

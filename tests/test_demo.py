@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,8 +100,16 @@ def test_bad_fields_are_told_in_one_line(model, changed, message):
             demo.checked(model, **fields | changed)
 
 
-@needs_gradio
-def test_a_fault_of_the_program_is_not_told_as_a_mistake_of_the_user():
+def test_a_mistake_of_the_user_is_told_in_the_page(monkeypatch, model):
+    """As gradio's error, whose class alone is needed here."""
+
+    class Error(Exception):
+        def __init__(self, message, print_exception):
+            super().__init__(message)
+
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(Error=Error))
+    with pytest.raises(Error, match="no class is called 'a&lt;b'"), demo.told_in_page():
+        demo.checked(model, "a<b", None, 0, 2, 3, 2)
     with pytest.raises(ValueError, match="invalid literal"), demo.told_in_page():
         int("x")
 
@@ -123,8 +132,8 @@ def test_the_pictures_are_those_of_the_sampling_program(model, weights, tmp_path
 
 
 def test_without_gradio_one_line_says_what_to_install():
-    hidden = "import sys; sys.modules['gradio'] = None; sys.argv = ['demo.py']; from scripts import demo; demo.main()"
-    done = run("-c", hidden)
+    hidden = "import sys; sys.modules['gradio'] = None; from scripts import demo; demo.main()"
+    done = run("-c", hidden, "--autoencoder", "none.pth")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "pip install -r scripts/demo_requirements.txt" in done.stderr
 
