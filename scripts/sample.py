@@ -19,6 +19,7 @@ finest is the one sampled with.
 import argparse
 import itertools
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from absl import logging
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
@@ -78,18 +80,33 @@ class Model:
 
     def with_settings(self, seed: int | None, scale: float | None, steps: int | None) -> ml_collections.ConfigDict:
         """The config with those of the settings that are given. Raises ValueError for ones that cannot work."""
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"the seed must be a whole number from 0 to 2^63 - 1; found {seed}")
         config = self.config.copy_and_resolve_references()
         config.seed = config.seed if seed is None else seed
         config.sample.scale = config.sample.scale if scale is None else scale
         config.sample.sample_steps = config.sample.sample_steps if steps is None else steps
-        utils.check_sampling(config)
+        try:
+            utils.check_sampling(config)
+        except ValueError as error:  # a setting by its name here
+            told = str(error).replace("config.sample.sample_steps", "the number of steps (--steps)")
+            raise ValueError(told) from None
         return config
 
     def sample(self, config: ml_collections.ConfigDict, labels: Sequence[int]) -> np.ndarray:
         """Pictures of the labels, uint8 (len(labels), H, W, 3), in the batches that eval.py makes of them."""
+        n, size = len(labels), min(config.sample.mini_batch_size, len(labels))
+        batches = [range(first, first + size) for first in range(0, n, size)]  # the last one is filled up
+        bar = self.progress(len(batches) * config.sample.sample_steps)
+
+        def watched(*arguments: Tensor) -> tuple[Tensor, ...]:
+            outputs = self.nnet(*arguments)
+            bar.update()
+            return outputs
+
         sample = utils.make_sampler(
             config,
-            self.nnet,
+            watched,
             self.nnet.null_label,
             self.schedule,
             self.autoencoder,
@@ -97,13 +114,13 @@ class Model:
             config.sample.sample_steps,
             self.weaker,
         )
-        n, size = len(labels), min(config.sample.mini_batch_size, len(labels))
-        parts = []
-        for first in range(0, n, size):
-            batch = range(first, first + size)  # the last one is filled up
-            images = sample(batch, [labels[min(i, n - 1)] for i in batch])
-            parts.append(as_pictures(images)[: n - first])
-        return np.concatenate(parts)
+        with bar:
+            parts = [as_pictures(sample(batch, [labels[min(i, n - 1)] for i in batch])) for batch in batches]
+        return np.concatenate(parts)[:n]
+
+    def progress(self, evaluations: int) -> tqdm:
+        """A bar over the network's evaluations, where somebody looks at it."""
+        return tqdm(total=evaluations, unit="evaluation", disable=None)
 
     @torch.no_grad()
     def trajectory(
@@ -117,10 +134,12 @@ class Model:
         if self.weaker is not None:
             raise ValueError("a trajectory shows a network guided by itself: config.sample.autoguidance_path is set")
         outputs = ()
+        bar = self.progress(settings.sample_steps)
 
         def watched(*arguments: Tensor) -> tuple[Tensor, ...]:
             nonlocal outputs
             outputs = self.nnet(*arguments)
+            bar.update()
             return outputs
 
         noise = SampleNoise(indices, config.seed, tuple(config.z_shape), self.accelerator.device)
@@ -136,7 +155,7 @@ class Model:
             estimates.append([self.estimate(x, t, self.guide(p, len(x), t, settings)) for p in outputs])
             return eps
 
-        with self.accelerator.autocast():
+        with bar, self.accelerator.autocast():
             x = sde.solve(
                 noise_model,
                 self.schedule,
@@ -222,7 +241,6 @@ def broken(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def save(sheet: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         sheet.save(file, format="png")
 
@@ -300,33 +318,37 @@ def numbers(text: str | None, kind: type, option: str) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    listed = "with commas between; the config's unless given; a trajectory takes the first"
     parser.add_argument("--classes", help="numbers or names, with commas between; the first ten unless given")
     parser.add_argument("--nnet_path", help="weights, as of eval.py; the quickstart's newest unless given")
     parser.add_argument("--config", help="the config it was trained with; what is saved with the weights unless given")
     parser.add_argument("--autoencoder", help="file, folder or hub id; the config's unless given")
-    parser.add_argument("--seed", type=int, help="the config's unless given")
+    parser.add_argument("--seed", type=int, help="0 to 2^63 - 1; the config's unless given")
     parser.add_argument("--per_class", type=int, default=1, help="samples of each class")
-    parser.add_argument("--cfg", help="guidance scales, with commas between; the config's unless given")
-    parser.add_argument(
-        "--steps", help="numbers of network evaluations, with commas between; the config's unless given"
-    )
+    parser.add_argument("--cfg", help=f"guidance scales, {listed}")
+    parser.add_argument("--steps", help=f"numbers of network evaluations, {listed}")
     parser.add_argument("--columns", default="class,sample", help=f"what varies along a row, of {', '.join(AXES)}")
     parser.add_argument("--trajectory", action="store_true", help="also draw how the samples come about")
-    parser.add_argument("--grid", type=Path, default=Path("samples.png"), help="the picture to write")
+    parser.add_argument("--grid", type=Path, default=Path("samples.png"), help="the picture to write, a .png")
     arguments = parser.parse_args()
     logging.use_absl_handler()
     with errors_in_one_line():
-        columns = tuple(arguments.columns.split(","))
+        columns = tuple(axis.strip() for axis in arguments.columns.split(","))
         if not set(columns) <= set(AXES) or len(set(columns)) < len(columns):
             raise ValueError(f"--columns must be some of {', '.join(AXES)}; found {arguments.columns}")
         if arguments.per_class < 1:
             raise ValueError(f"--per_class must be at least 1; found {arguments.per_class}")
+        if arguments.grid.suffix.lower() != ".png":
+            raise ValueError(f"--grid must end in .png, the form it is written in; found {arguments.grid}")
         scales, steps = numbers(arguments.cfg, float, "--cfg"), numbers(arguments.steps, int, "--steps")
         model = Model(arguments.nnet_path, arguments.config, arguments.autoencoder)
         words = arguments.classes.split(",") if arguments.classes else range(min(10, len(model.names) or 1))
         labels = [class_label(word, model.names) for word in words]
         for scale, n_steps in itertools.product(scales, steps):
             model.with_settings(arguments.seed, scale, n_steps)  # a bad one is told before any is made
+        arguments.grid.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=arguments.grid.parent):  # nor is anything made for a folder that takes no file
+            pass
         save(sample_grid(model, labels, arguments.per_class, arguments.seed, scales, steps, columns), arguments.grid)
         print(arguments.grid)
         if arguments.trajectory:

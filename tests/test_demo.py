@@ -83,7 +83,7 @@ def test_what_is_marked_counts_if_the_search_offers_it():
         ({"scale": 0.5}, "the guidance scale must be at least 1 .*; found 0.5"),
         ({"scale": None}, "the guidance scale must be a number; found nothing"),
         ({"scale": float("nan")}, "the guidance scale must be a number; found nan"),
-        ({"steps": 1}, "config.sample.sample_steps must be at least 3 for dpm_solver; found 1"),
+        ({"steps": 1}, r"the number of steps \(--steps\) must be at least 3 for dpm_solver; found 1"),
         ({"steps": 2.5}, "the number of steps must be a whole number from 1 to 1000; found 2.5"),
         ({"n_samples": 65}, "the number of samples must be a whole number from 1 to 64; found 65"),
     ],

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import run
 from PIL import Image
 from test_pipeline import save_weights
+from tqdm import tqdm
 
 import eval as evaluation
 import sde
@@ -54,7 +55,7 @@ def test_the_program_draws_the_grid_and_the_trajectory(weights, model, tmp_path)
     grid = tmp_path / "out" / "grid.png"
     flags = ("--classes", "2,0", "--per_class", 2, "--seed", 0, "--cfg", "1,3", "--steps", "3,5")
     done = run(
-        "scripts/sample.py", *flags, "--columns", "guidance", "--nnet_path", weights, "--grid", grid, "--trajectory"
+        "scripts/sample.py", *flags, "--columns", " guidance", "--nnet_path", weights, "--grid", grid, "--trajectory"
     )
     assert done.returncode == 0, done.stderr
     pixels = np.asarray(Image.open(grid))
@@ -106,6 +107,19 @@ def test_the_autoencoder_is_found_from_any_folder(tiny_config, tiny_autoencoder,
     assert sample.Model(str(tmp_path / "without.safetensors"), None, str(tiny_autoencoder)).autoencoder
 
 
+def test_a_bar_counts_the_evaluations(model, monkeypatch):
+    bars = []
+
+    def shown(**settings):
+        bars.append(tqdm(**settings | {"disable": False}))
+        return bars[-1]
+
+    monkeypatch.setattr(sample, "tqdm", shown)
+    model.sample(model.with_settings(0, 2.0, 5), [0, 1, 2, 0, 1, 2])  # batches of 4
+    model.trajectory(model.with_settings(0, 2.0, 5), [0, 3], [0, 1])
+    assert [(bar.total, bar.n) for bar in bars] == [(10, 10), (5, 5)]
+
+
 def test_every_branch_estimates_the_picture_at_its_resolution(model):
     """From the true noise of each resolution the estimate is the mean of x_0 over its cells."""
     torch.manual_seed(0)
@@ -139,11 +153,18 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
         (("--classes", "dog"), "error: no class is called 'dog'"),
         (("--classes", "1", "--cfg", "0.5"), "error: the guidance scale must be at least 1"),
         (("--classes", "1", "--nnet_path", "none.safetensors"), "error: no checkpoint at none.safetensors"),
+        (("--seed", "99999999999999999999"), "error: the seed must be a whole number from 0 to 2^63 - 1; found 999"),
+        (("--steps", "1"), "error: the number of steps (--steps) must be at least 3 for dpm_solver; found 1"),
         (("--classes", "1", "--autoencoder", "none.pth"), "error: No autoencoder at none.pth"),
         (("--classes", "1", "--config", "configs/digits.py"), "was trained with another config (nnet."),
     ):
         done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--grid", tmp_path / "grid.png")
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
         assert message in done.stderr and not (tmp_path / "grid.png").exists()
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path / "o.jpg", "--grid must end in .png"), (tmp_path / "file" / "o.png", "file")):
+        done = run("scripts/sample.py", "--nnet_path", weights, "--steps", 3, "--grid", path)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: ") and message in done.stderr and not path.is_file()
     with pytest.raises(ValueError, match="--steps must be numbers with commas between; found '1;2'"):
         sample.numbers("1;2", int, "--steps")
