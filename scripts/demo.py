@@ -4,8 +4,8 @@
     python scripts/demo.py [--nnet_path WEIGHTS --config configs/NAME.py --autoencoder PATH] [--port 7860]
 
 Without weights it takes the digits that scripts/quickstart.sh has trained. Sample j of the page is the picture that
-scripts/sample.py makes of the same class, seed and settings as its sample j. The page is served to this machine only
-(from another one: `ssh -L 7860:127.0.0.1:7860 MACHINE`) and asks nothing of any other.
+scripts/sample.py makes of the same seed and settings as sample j of the first class in its list. The page is served to
+this machine only (from another one: `ssh -L 7860:127.0.0.1:7860 MACHINE`) and asks nothing of any other.
 """
 
 import argparse
