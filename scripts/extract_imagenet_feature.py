@@ -1,6 +1,7 @@
 """Encode a folder of images into a store of autoencoder moments for training.
 
-    accelerate launch scripts/extract_imagenet_feature.py --images ~/imagenet/train --out assets/datasets/imagenet256
+    accelerate launch scripts/extract_imagenet_feature.py --images ~/imagenet/train \\
+        --out assets/datasets/imagenet256_features
 
 `--images` is ImageNet's `train/`, any folder with one folder per class, or a folder of images alone (no classes).
 The images are cropped as ADM does, and each is encoded as it is and mirrored. Any number of processes on any number

@@ -1,7 +1,7 @@
 """Turn features that other projects extracted into a latent store.
 
-    python scripts/import_latents.py --format uvit --source imagenet256_features --out assets/datasets/imagenet256 \\
-        --autoencoder assets/stable-diffusion/autoencoder_kl.pth
+    python scripts/import_latents.py --format uvit --source /data/imagenet256_features \\
+        --out assets/datasets/imagenet256_features --autoencoder assets/stable-diffusion/autoencoder_kl_ema.pth
 
 Formats: `uvit` ({index}.npy of U-ViT and DiMR: pickled moments and label), `fast-dit` (a folder with *_features/ and
 *_labels/) and `lightningdit` (.safetensors with latents, latents_flip and labels). The autoencoder is the one the

@@ -1,6 +1,6 @@
 """Print what a latent store holds, check its files, and draw decoded samples under their class names.
 
-    python scripts/inspect_latents.py assets/datasets/imagenet256 --verify \\
+    python scripts/inspect_latents.py assets/datasets/imagenet256_features --verify \\
         --png samples.png --autoencoder assets/stable-diffusion/autoencoder_kl_ema.pth
 """
 
