@@ -6,9 +6,16 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh
 setup_environment requirements.txt
 
+go_on() {
+    if [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ]; then
+        echo "Before the other commands, once in every shell: source .venv/bin/activate"
+    fi
+}
+
 OUT=workdir/quickstart
 if [ -f $OUT/report.json ]; then
     echo "Already done: $OUT/report.json, $OUT/samples.png, $OUT/loss.png (remove $OUT to run again)"
+    go_on
     exit 0
 fi
 mkdir -p $OUT
@@ -36,3 +43,4 @@ step python img2npz.py $OUT/images --out $OUT/images.npz
 step python scripts/score_digits.py --images $OUT/images --digits $OUT/digits --train_dir $OUT/train \
     --out $OUT/report.json --seconds "$(cat $OUT/.seconds)"
 echo "samples: $OUT/samples.png   loss curve: $OUT/loss.png   report: $OUT/report.json"
+go_on

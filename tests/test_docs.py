@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_collections
 import pytest
 import torch
 import yaml
@@ -97,26 +98,57 @@ def test_every_command_runs_in_a_test_or_cannot(command):
         assert needs or "..." in command or "part0" in command or command == "python3 img2npz.py", command
 
 
-@pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if program(c)])
-def test_every_flag_of_a_command_exists(command):
-    """Flags by the program's source, overrides by the config."""
+def unknown_flags(command: str) -> list[str]:
+    """Those that the program of a command does not take: flags by its source, overrides by the config."""
     words = shlex.split(re.sub(r"[\[\]…|]", " ", command))
     source = (ROOT / program(command)).read_text()
     config = re.search(r"--config=(configs/[\w-]+\.py)", command)
     config = utils.load_config(ROOT / (config[1] if config and "NAME" not in config[1] else "configs/digits.py"))
     after = words[next(i for i, word in enumerate(words) if word.endswith(program(command))) + 1 :]
-    for word in [word for word in after if word.startswith("--")]:
-        name = word[2:].split("=")[0]
-        if name == "config.FIELD":
-            continue
+    unknown = []
+    for name in [word[2:].split("=")[0] for word in after if word.startswith("--")]:
         if name.startswith("config."):
-            value = config
-            for part in name.split(".")[1:]:
-                assert part in value, name
-                value = value[part]
+            known = "define_config_flag" in source and (name == "config.FIELD" or has_field(config, name))
         else:
-            known = (f'"--{name}"', f'"--{name.removeprefix("no-")}"', f'"{name}"')
-            assert any(text in source for text in known) or name == "config", (name, command)
+            forms = (f'"--{name}"', f'"--{name.removeprefix("no-")}"', f'"{name}"')
+            known = name == "config" or any(form in source for form in forms)
+        unknown += [] if known else [name]
+    return unknown
+
+
+def has_field(config: ml_collections.ConfigDict, name: str) -> bool:
+    """Does `name` (config.a.b) lead to a field?"""
+    for part in name.split(".")[1:]:
+        if part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+@pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if program(c)])
+def test_every_flag_of_a_command_exists(command):
+    assert not unknown_flags(command), command
+
+
+def test_a_flag_of_another_program_is_found():
+    """Overrides of the config too: scripts/sample.py takes none."""
+    field = "config.autoencoder.pretrained_path"
+    assert unknown_flags(f"python scripts/sample.py --{field}=x --autoencoder x --metrics=y") == [field, "metrics"]
+    assert unknown_flags(f"eval.py --config=configs/digits.py --{field}=x --config.sample.nothing=1 --cfg=2") == [
+        "config.sample.nothing"
+    ]
+
+
+def test_quickstart_says_how_to_go_on(tmp_path):
+    """Where it uses a .venv of its own; here one whose python installs nothing."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("requirements.txt", "workdir/quickstart/report.json", ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('#!/bin/sh\necho "$PWD/.venv"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    made = shell("bash scripts/quickstart.sh", tmp_path, VIRTUAL_ENV="", CONDA_PREFIX="")
+    assert made.endswith("source .venv/bin/activate\n") and "Already done" in made
+    assert "activate" not in shell("PATH=.venv/bin:$PATH; bash scripts/quickstart.sh", tmp_path, VIRTUAL_ENV="own")
 
 
 @pytest.fixture(scope="module")
