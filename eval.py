@@ -90,16 +90,24 @@ def sampling_settings(
         "weights_sha256": file_digest(weights),
         "autoguidance_sha256": file_digest(weaker_weights) if weaker_weights else None,
         "seed": config.seed,
-        "schedule": config.schedule,
-        "z_shape": list(config.z_shape),
-        "n_classes": config.dataset.n_classes,
+        **utils.network_settings(config),
+        **guiding_settings(config),
         "autoencoder": autoencoder.identity["sha256"] if autoencoder else None,
         "mixed_precision": precision,
         **settings,
+        "scale_pow": settings["scale_pow"] or None,
         "compile": settings["compile"].removeprefix("off"),
         "depthwise_kernel": settings["depthwise_kernel"].removeprefix("torch"),
     }
     return {name: value for name, value in settings.items() if value not in (None, "")}
+
+
+def guiding_settings(config: ml_collections.ConfigDict) -> dict:
+    """What the guiding network is, where its config is another one."""
+    if not config.sample.autoguidance_config:
+        return {}
+    other = utils.network_settings(utils.load_config(config.sample.autoguidance_config))
+    return {f"autoguidance.{name}": value for name, value in other.items()}
 
 
 def check_same_settings(folder: Path, settings: dict) -> None:
@@ -345,8 +353,8 @@ def main(argv: list[str]) -> None:
     config = values.config
     if not values.nnet_path:
         raise ValueError(
-            "--nnet_path is not set: expected a .pth or .safetensors file or a checkpoint folder, such as "
-            "workdir/<name>/ckpts/<step>.ckpt"
+            "--nnet_path is not set: expected a .pth or .safetensors file, a checkpoint or pipeline folder, or "
+            "hf://OWNER/REPOSITORY/FILE, such as workdir/<name>/ckpts/<step>.ckpt"
         )
     if values.cfg is not None:
         config.sample.scale = values.cfg
@@ -368,7 +376,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     utils.define_config_flag("What to sample from: the config that the weights were trained with.")
-    flags.DEFINE_string("nnet_path", None, "Weights: .pth, .safetensors or a checkpoint folder.")
+    flags.DEFINE_string("nnet_path", None, "Weights: .pth, .safetensors, a checkpoint or pipeline folder, or hf://...")
     flags.DEFINE_string("IMGsave_path", "saved_images", "Folder for the images.")
     flags.DEFINE_string(
         "metrics",
@@ -382,6 +390,6 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "cfg_scale_pow",
         None,
-        "Power of the power-cosine schedule; config.sample.scale_pow unless given (None: constant).",
+        "Power of the power-cosine schedule, 0: constant scale; config.sample.scale_pow unless given.",
     )
     utils.run(main)

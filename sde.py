@@ -251,23 +251,23 @@ def multi_resolution_loss(predictions: tuple[Tensor, ...], eps: Tensor, weights:
 def guidance_weight(t: float, scale: float, power: float | None = None) -> float:
     """The weight w of eps = uncond + w (cond - uncond) at time t; 1 is no guidance.
 
-    power None: constant, w = scale. Otherwise the power-cosine schedule
+    power None or 0: constant, w = scale. Otherwise the power-cosine schedule
     w = 1 + (scale - 1) (1 - cos(pi (1 - t)^power)) / 2, from 1 at t = 1 to scale at t = 0.
     """
-    if power is None:
+    if not power:
         return scale
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (1 - t) ** power)) / 2
 
 
 def check_guidance(scale: float, power: float | None, interval: tuple[float, float] | None = None) -> None:
-    """Raises ValueError for a scale below 1, a power that is not positive, or an interval that is none."""
+    """Raises ValueError for a scale below 1, a negative power, or an interval that is none."""
     if not 1 <= scale < math.inf:  # nor NaN
         raise ValueError(
             f"the guidance scale must be at least 1 (1 = none, eps = uncond + scale (cond - uncond)); found {scale:g}. "
             f"The released code's constant convention writes it one lower: its {scale:g} is --cfg={scale + 1:g} here"
         )
-    if power is not None and not 0 < power < math.inf:
-        raise ValueError(f"the power of the guidance schedule must be above 0; found {power:g} (leave it out for none)")
+    if power is not None and not 0 <= power < math.inf:
+        raise ValueError(f"the power of the guidance schedule must be at least 0 (0: constant scale); found {power:g}")
     if interval is not None:
         numbers = [value for value in interval if isinstance(value, int | float)]
         if len(interval) != 2 or len(numbers) != 2 or not 0 <= interval[0] < interval[1]:

@@ -79,6 +79,8 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
     """Load config.init.path, fitted to this model, unless `resuming`; freeze what config.init.freeze names."""
     if config.init.path and not resuming:
         file = checkpoint.find_weights(config.init.path)
+        if different := utils.differences_of_networks(config, file, but=("z_shape", "dataset.n_classes")):
+            logging.warning("%s was trained in another network: %s", file, "; ".join(different))
         state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file))
         checkpoint.load_weights(nnet, state, str(file))
         logging.info("starting from %s", file)
@@ -87,6 +89,8 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
     for pattern in config.init.freeze:
         names = checkpoint.freeze(nnet, pattern)
         logging.info("frozen by %r: %d tensors", pattern, len(names))
+    if not any(parameter.requires_grad for parameter in nnet.parameters()):
+        raise ValueError(f"config.init.freeze={tuple(config.init.freeze)} leaves nothing to train: freeze less")
 
 
 def run_settings(
@@ -219,6 +223,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     autoencoder = utils.open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
     scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
+    identity = run_settings(config, accelerator, dataset)
+    run_record.check_same_everywhere(identity)
     scoring = None
     if settings.fid_interval:
         scoring = utils.open_scoring(config.fid_stat, False, utils.image_size(config, autoencoder))
@@ -232,7 +238,6 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     several = settings.sharded or (n_processes > 1 and not settings.recompute_keeps_products)
     utils.compile_network(nnet, utils.choose_compile(settings.compile, device, several))
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
-    identity = run_settings(config, accelerator, dataset)
     step = resume(workdir / "ckpts", identity, config.resume_changes, nnet, averages, optimizer, scaler)
     steps = gather_object([step])
     if len(set(steps)) > 1:
@@ -257,6 +262,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
     if main:
         workdir.mkdir(parents=True, exist_ok=True)
+        run_record.become_only_writer(workdir)
         (workdir / REQUEUE_FILE).unlink(missing_ok=True)
         (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
         log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
@@ -265,6 +271,11 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
         config.wandb.project if config.wandb.mode != "disabled" else "tensorboard",
         init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": utils.config_json(config)}},
     )
+    if config.sample.scale > 1 and config.dataset.n_classes and not config.dataset.p_uncond and weaker is None:
+        logging.warning(
+            "config.dataset.p_uncond is 0, which leaves the null class of guidance (config.sample.scale %g) untrained",
+            config.sample.scale,
+        )
     p_uncond = config.dataset.p_uncond if config.dataset.n_classes else 1.0  # no classes: always the null label
     n_rows = min(settings.grid_classes, max(config.dataset.n_classes, 1))
     grid_labels = [label for label in range(n_rows) for _ in range(settings.grid_per_class)]

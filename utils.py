@@ -3,10 +3,13 @@
 import gc
 import importlib.util
 import json
+import math
+import operator
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -103,14 +106,19 @@ def check_trained_as(config: ml_collections.ConfigDict, weights: Path) -> None:
     Raises:
         ValueError: `config` differs in `network_settings` from the one saved with the weights; both values are named.
     """
-    saved = saved_settings(weights)
-    if saved is None:
-        return
-    if different := differences(network_settings(config_from_json(saved["config"])), network_settings(config)):
+    if different := differences_of_networks(config, weights):
         raise ValueError(
             f"{weights} was trained with another config ({'; '.join(different)}): give the config that it was trained "
             "with, or set these as they are there"
         )
+
+
+def differences_of_networks(config: ml_collections.ConfigDict, weights: Path, but: Sequence[str] = ()) -> list[str]:
+    """How the `network_settings` saved with the weights differ from those of `config`; none where none are saved."""
+    saved = saved_settings(weights)
+    if saved is None:
+        return []
+    return differences(network_settings(config_from_json(saved["config"])), network_settings(config), but)
 
 
 def network_settings(config: ml_collections.ConfigDict) -> dict:
@@ -130,7 +138,10 @@ def build_stages(config: ml_collections.ConfigDict) -> list[StageSpec]:
     Raises:
         ValueError: values that make no branch; the message names the stage.
     """
-    _, height, width = config.z_shape
+    shape = config.z_shape
+    if not isinstance(shape, tuple) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"config.z_shape must be (channels, height, width), three whole numbers; found {shape}")
+    _, height, width = shape
     specs = []
     for r, stage in enumerate(config.nnet.stages):
         patch = 2 ** (len(config.nnet.stages) - 1 - r)
@@ -244,13 +255,15 @@ def keeping_outputs(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[...,
 def loss_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
     """config.loss_coeffs, or the published weights when it is None. Raises ValueError for a wrong number of them."""
     n_stages = len(config.nnet.stages)
-    if config.loss_coeffs is None:
+    if not config.loss_coeffs:
         return sde.default_loss_weights(n_stages)
     if len(config.loss_coeffs) != n_stages:
         raise ValueError(
             f"config.loss_coeffs needs one weight per stage, coarsest first; found {len(config.loss_coeffs)} for "
             f"{n_stages} stages (leave it out for the published weights)"
         )
+    if not all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in config.loss_coeffs):
+        raise ValueError(f"config.loss_coeffs must be numbers of at least 0; found {tuple(config.loss_coeffs)}")
     return tuple(config.loss_coeffs)
 
 
@@ -339,8 +352,11 @@ def open_weaker_network(
                     f"the guiding network's {name} must be that of the guided one, {expected}; found {found} in "
                     f"{settings.autoguidance_config}: set another config.sample.autoguidance_config"
                 )
+    file = find_weights(settings.autoguidance_path)
+    check_trained_as(other, file)
     nnet = build_network(other).to(device).eval().requires_grad_(False)
-    return nnet, load_network_weights(nnet, settings.autoguidance_path)
+    load_weights(nnet, read_state_dict(file), source=str(file))
+    return nnet, file
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -352,9 +368,36 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; found {value!r}")
 
 
+# Numbers, and those of tuples: the least allowed, and the largest.
+SAMPLING_RANGES = {"seed": (0, 2**63 - 1), "sample.n_samples": (1, math.inf), "sample.mini_batch_size": (1, math.inf)}
+TRAINING_RANGES = {
+    **{
+        f"train.{name}": (1, math.inf) for name in ("n_steps", "batch_size", "accumulation", "max_skipped", "keep_last")
+    },
+    **{f"train.{name}": (1, math.inf) for name in ("log_interval", "eval_interval", "save_interval")},
+    **{f"train.{name}": (1, math.inf) for name in ("grid_classes", "grid_per_class")},
+    **{f"train.{name}": (0, math.inf) for name in ("recompute", "grad_clip", "keep_interval", "fid_interval")},
+    **{name: (0, math.inf) for name in ("optimizer.lr", "optimizer.weight_decay", "lr_scheduler.warmup_steps")},
+    **{name: (0, math.nextafter(1, 0)) for name in ("optimizer.betas", "ema.rate", "ema.extra_rates")},
+    "dataset.p_uncond": (0, 1),
+    "dataset.num_workers": (0, math.inf),
+}
+
+
+def check_ranges(config: ml_collections.ConfigDict, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises ValueError for a setting that is no number from the least to the largest of `ranges`."""
+    for name, (least, largest) in ranges.items():
+        value = operator.attrgetter(name)(config)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float) or not least <= number <= largest:  # nor NaN
+                below = "" if largest == math.inf else " and below 1" if 0 < largest < 1 else f" and at most {largest}"
+                raise ValueError(f"config.{name} must be at least {least}{below}; found {value}")
+
+
 def check_sampling(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for sampling settings that cannot work, before anything is loaded."""
     sample = config.sample
+    check_ranges(config, SAMPLING_RANGES)
     for name, allowed in (("algorithm", tuple(sde.SAMPLERS)), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
         check_choice(f"config.sample.{name}", sample[name], allowed)
     check_choice("config.sample.depthwise_kernel", sample.depthwise_kernel, KERNELS)
@@ -368,9 +411,6 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
             raise ValueError(
                 f"config.sample.{name} must be at least {least} for {sample.algorithm}; found {sample[name]}"
             )
-    for name in ("n_samples", "mini_batch_size"):
-        if sample[name] < 1:
-            raise ValueError(f"config.sample.{name} must be at least 1; found {sample[name]}")
     sde.check_guidance(sample.scale, sample.scale_pow, sample.interval)
     if sample.scale > 1 and config.dataset.n_classes == 0 and not sample.autoguidance_path:
         raise ValueError(
@@ -385,13 +425,9 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
 
 def check_training(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for training settings that cannot work, before anything is loaded."""
-    for name in ("batch_size", "accumulation", "log_interval", "eval_interval", "save_interval", "keep_last"):
-        if config.train[name] < 1:
-            raise ValueError(f"config.train.{name} must be at least 1; found {config.train[name]}")
-    if config.train.recompute < 0:
-        raise ValueError(
-            f"config.train.recompute must be 0 (none), 1 (every block) or more; found {config.train.recompute}"
-        )
+    check_ranges(config, TRAINING_RANGES)
+    if len(config.optimizer.betas) != 2:
+        raise ValueError(f"config.optimizer.betas must be two numbers; found {tuple(config.optimizer.betas)}")
     check_choice("config.train.compile", config.train.compile, COMPILE)
     check_choice("config.train.depthwise_kernel", config.train.depthwise_kernel, KERNELS)
     if config.train.compile == "whole" and config.train.sharded:
@@ -405,8 +441,6 @@ def check_training(config: ml_collections.ConfigDict) -> None:
             "config.train.recompute_keeps_products has no effect on blocks compiled one by one: set "
             "config.train.compile=whole (off for a sharded network), or config.train.recompute_keeps_products=False"
         )
-    if not 0 <= config.dataset.p_uncond <= 1:
-        raise ValueError(f"config.dataset.p_uncond is a probability, 0 to 1; found {config.dataset.p_uncond:g}")
     check_choice("config.wandb.mode", config.wandb.mode, ("disabled", "offline", "online"))
 
 
@@ -501,9 +535,20 @@ def throughput(
 
 
 def make_accelerator(**kwargs) -> accelerate.Accelerator:
-    """The accelerator of this process. It must be told of a missing GPU, or it takes two processes for two runs."""
+    """The accelerator of this process. It must be told of a missing GPU, or it takes two processes for two runs.
+
+    Raises:
+        ValueError: a precision that the networks are not computed in, or not on this device.
+    """
+    on_cpu, precision = not torch.cuda.is_available(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    allowed = ("no", "bf16") if on_cpu else ("no", "bf16", "fp16")
+    if precision not in allowed:  # accelerate takes fp16 on a CPU, and computes in float32
+        raise ValueError(
+            f"--mixed_precision (ACCELERATE_MIXED_PRECISION) must be one of {', '.join(allowed)} on "
+            f"{'a CPU' if on_cpu else 'a GPU'}; found {precision}"
+        )
     timeout = accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)
-    return accelerate.Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout], **kwargs)
+    return accelerate.Accelerator(cpu=on_cpu, kwargs_handlers=[timeout], **kwargs)
 
 
 def finish(accelerator: accelerate.Accelerator) -> None:
@@ -560,17 +605,28 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Flags from the command line; a bad one, or an override of a field that does not exist, ends in one line."""
+    """Flags from the command line; a mistake in them or in the config file ends in one line."""
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         flags.FLAGS.config.to_dict  # noqa: B018 (a missing file is reported at the first use only)
         return rest
-    except (AttributeError, KeyError, IndexError) as error:
+    except (flags.Error, AttributeError, LookupError) as error:
         problem = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
-        if isinstance(error, IndexError) and (path := re.search(r"--config[= ](\S+)", " ".join(argv))):
-            n_stages = len(load_config(path[1]).nnet.stages)
-            problem += f" (the config has {n_stages} stages, 0 to {n_stages - 1})"
-        message = f"an override names a field that the config does not have: {problem}"
+        path = re.search(r"--config[= ](\S+)", " ".join(argv))
+        path = path[1] if path else None
+        where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        if isinstance(error, flags.Error):  # holds the stack trace of an error in the config file
+            where = re.findall(rf'File "{re.escape(path or "")}", line (\d+)', str(error))
+            message = str(error).strip().splitlines()[-1]
+        elif "get_config" in problem:
+            message = f"--config {path} has no function get_config()"
+        else:
+            if isinstance(error, IndexError) and path and not where:
+                n_stages = len(load_config(path).nnet.stages)
+                problem += f" (the config has {n_stages} stages, 0 to {n_stages - 1})"
+            message = f"an override names a field that the config does not have: {problem}"
+        if where:
+            message = f"{path}, line {where[-1]}: {message if isinstance(error, flags.Error) else problem}"
     except (OSError, ImportError, SyntaxError) as error:
         message = f"--config could not be read: {str(error).splitlines()[-1].strip()}"
     sys.exit(f"error: {message}")

@@ -114,7 +114,7 @@ def base():
         depthwise_kernel="torch",  # as config.train.depthwise_kernel, when evaluating
         mini_batch_size=50,  # images sampled at a time by one process; the same images whatever the processes
         scale=1.4,  # guidance, 1: none (the released code writes this 0.4)
-        scale_pow=placeholder(float),  # > 0: power-cosine schedule of the scale; None: constant
+        scale_pow=placeholder(float),  # > 0: power-cosine schedule of the scale; None or 0: constant
         # (low, high): guided only while low < sigma / alpha <= high, EDM's noise level, and only conditional outside
         # (arXiv 2404.07724, whose values are for data of deviation 0.5; latents here have about 1). None: always.
         interval=placeholder(tuple),
@@ -130,4 +130,4 @@ def base():
         mode="disabled",  # disabled, offline or online; TensorBoard is always written
         project="dimr",  # where Weights & Biases files the run
     )
-    return config
+    return config.lock()  # a misspelt field in an experiment file is an error

@@ -300,7 +300,7 @@ class DiMR(nn.Module):
         block_grad_to_lowres: bool = False,
     ):
         super().__init__()
-        check_stages(stages)
+        check_stages(stages, n_classes)
         if norm_type not in NORMS:
             raise ValueError(f"norm_type must be one of {', '.join(NORMS)}; found {norm_type!r}")
         self.channels = channels
@@ -381,8 +381,8 @@ class DiMR(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-def check_stages(stages: list[StageSpec] | tuple[StageSpec, ...]) -> None:
-    """Raises ValueError unless the patch sizes are a chain of multiples ending in 1."""
+def check_stages(stages: list[StageSpec] | tuple[StageSpec, ...], n_classes: int) -> None:
+    """Raises ValueError unless the patch sizes are a chain of multiples ending in 1, and a branch sees the class."""
     if not stages:
         raise ValueError("a model needs at least one stage; found none in config.nnet.stages")
     patches = [spec.patch_size for spec in stages]
@@ -390,4 +390,10 @@ def check_stages(stages: list[StageSpec] | tuple[StageSpec, ...]) -> None:
     if not steps_down or patches[-1] != 1:
         raise ValueError(
             f"patch sizes must each be a multiple of the next and end in 1 (4, 2, 1 for three stages); found {patches}"
+        )
+    if n_classes and not any(BLOCKS[spec.block_type].on_tokens for spec in stages):
+        on_tokens = ", ".join(name for name, block in BLOCKS.items() if block.on_tokens)
+        raise ValueError(
+            f"{n_classes} classes need a stage that sees the class, with block_type {on_tokens}; found "
+            f"{', '.join(spec.block_type for spec in stages)}: change a stage, or set config.dataset.n_classes=0"
         )

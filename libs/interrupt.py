@@ -1,8 +1,10 @@
 """Stopping a run in time: signals that ask for it, agreed on by all processes at the same step."""
 
 import os
+import re
 import signal
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ REQUEUE_STATUS = 75  # "temporary failure, try again" (EX_TEMPFAIL of sysexits.h
 class StopRequest:
     """SIGTERM or SIGUSR1 (the warning that Slurm sends) asks for a checkpoint and an end at the next step.
 
+    So does the end of the launcher (accelerate launch, torchrun), which a signal kills without passing it on.
+
     Whether a signal has come to any process is agreed on over the host's network, so the device never waits. A process
     that is gone makes the others' agreement fail at once instead of leaving them in a collective operation.
 
@@ -24,6 +28,7 @@ class StopRequest:
 
     def __init__(self):
         self.received = ""
+        self.launcher = os.getppid() if started_by_launcher() else None
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         self.group = None
 
@@ -36,6 +41,8 @@ class StopRequest:
         Raises:
             RuntimeError: another process is gone.
         """
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.received = self.received or "the launcher's end"
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return bool(self.received)
         if self.group is None:
@@ -56,3 +63,13 @@ class StopRequest:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.group = None
+
+
+def started_by_launcher() -> bool:
+    """Is the parent process accelerate's or PyTorch's launcher? False where the system does not tell."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    names = rb"(^|/)(accelerate|torchrun)$|^(accelerate\.commands|torch\.distributed)\."
+    return any(re.search(names, word) for word in words)

@@ -80,13 +80,14 @@ class ScaledRMS(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, gain = ctx.saved_tensors
+        kept, x, grad = x.dtype, x.to(norm.dtype), grad.to(norm.dtype)
         root = x.shape[-1] ** -0.5
         inverse = 1 / (norm * root + RMS_EPS)  # of the denominator
         slope = (grad * x).mul_(inverse)  # of the gain, before it is summed
         grad_gain = slope.sum_to_size(gain.shape)
         # d inverse / dx = -inverse² root x / norm; at x = 0, where the norm has no slope, 0 is taken
         along = slope.mul_(gain).sum(-1, keepdim=True).mul_(inverse * root / norm.clamp_min(1e-30))
-        return (grad * gain).mul_(inverse).addcmul_(x, along, value=-1).to(x.dtype), grad_gain, None
+        return (grad * gain).mul_(inverse).addcmul_(x, along, value=-1).to(kept), grad_gain, None
 
 
 class ScaledLayerNorm(torch.autograd.Function):

@@ -105,7 +105,7 @@ def usual_mistakes(
         found.append(f"{n_images} images of a set of {sampling['n_samples']}: score the whole set")
     if Path(sampling.get("weights", "")).name in (WEIGHTS_FILE, "nnet.pth"):
         found.append("the weights are not an average (EMA): published scores are of nnet_ema")
-    n_classes = sampling.get("n_classes")
+    n_classes = sampling.get("dataset.n_classes")
     if labels is not None and n_classes:
         counts = Counter(labels)
         fewest, most = min(counts.get(label, 0) for label in range(n_classes)), max(counts.values())

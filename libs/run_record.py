@@ -1,6 +1,7 @@
 """What a run leaves on record: its settings and code, compared when it is resumed, and its metrics."""
 
 import errno
+import fcntl
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from absl import logging
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,6 +61,48 @@ def check_same_run(settings: dict, saved: dict, may_change: Sequence[str], sourc
             f"{source} was trained with other settings:\n{lines}"
             f'Use another --workdir, or allow the change by --config.resume_changes="{names}"'
         )
+
+
+# Where files lie may differ between nodes; what is in the data may not.
+PLACES = (
+    r"config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path|init\.path|fid_stat|sample\.autoguidance_\w+)"
+)
+
+
+def check_same_everywhere(settings: dict) -> None:
+    """Were all processes started alike, on the same data? A collective call.
+
+    Raises:
+        ValueError: on all processes, if the settings (nested JSON values) of two differ in more than `PLACES`.
+    """
+    mine = {name: value for name, value in flat(settings).items() if not re.fullmatch(PLACES, name)}
+    first, *others = gather_object([mine])
+    for process, other in enumerate(others, 1):
+        names = [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]
+        if names:
+            found = "; ".join(f"{name}: {first.get(name)} on 0, {other.get(name)} on {process}" for name in names)
+            raise ValueError(f"processes 0 and {process} were started differently ({found}): give all the same command")
+
+
+LOCKS = []  # open files: closing one would end its lock
+
+
+def become_only_writer(workdir: Path) -> None:
+    """Lock a work folder for as long as this process lives.
+
+    Raises:
+        ValueError: another process writes into it.
+    """
+    file = open(workdir / ".lock", "w")  # noqa: SIM115 (see LOCKS)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"another training writes into {workdir}: wait for it or end it, or give another --workdir"
+        ) from None
+    except OSError as error:  # a file system without locks
+        logging.warning("%s cannot be locked (%s): let no other training write into it", workdir, error)
+    LOCKS.append(file)
 
 
 @functools.cache

@@ -315,9 +315,9 @@ class Part:
         file = self.folder / LABELS_FILE
         if len(self.labels) != len(self.indices):
             raise ValueError(f"{file}: expected {len(self.indices)} labels, one per image, found {len(self.labels)}")
-        if "n_classes" in self.settings and "n_samples" in self.settings:
+        if "dataset.n_classes" in self.settings and "n_samples" in self.settings:
             for i, label in zip(self.indices, self.labels, strict=True):
-                expected = balanced_label(i, self.settings["n_samples"], self.settings["n_classes"])
+                expected = balanced_label(i, self.settings["n_samples"], self.settings["dataset.n_classes"])
                 if label != expected:
                     raise ValueError(
                         f"{file}: expected label {expected} for image {i} by {SETTINGS_FILE}, found {label}: run "

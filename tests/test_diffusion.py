@@ -86,7 +86,7 @@ def test_guidance_weight():
     assert sde.guidance_weight(0.5, 3.0, 1.0) == pytest.approx(2.0)
     with pytest.raises(ValueError, match=r"at least 1 .* its 0.4 is --cfg=1.4 here"):
         sde.check_guidance(0.4, None)
-    with pytest.raises(ValueError, match="above 0; found -1"):
+    with pytest.raises(ValueError, match=r"at least 0 \(0: constant scale\); found -1"):
         sde.check_guidance(1.4, -1.0)
 
 

@@ -118,6 +118,32 @@ def test_other_settings_are_refused(tiny_config, weights, tmp_path):
         evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
 
 
+def test_weights_without_a_config_are_held_to_one_network(tiny_config, weights, tmp_path):
+    """Heads leave tensors as they are; a folder half made with other ones must not be filled up."""
+    torch.save(read_state_dict(weights / "nnet_ema.safetensors"), tmp_path / "bare.pth")
+    evaluation.evaluate(tiny_config, str(tmp_path / "bare.pth"), tmp_path / "images")
+    tiny_config.nnet.stages[0].num_heads = 8
+    with pytest.raises(ValueError, match=r"other settings \(nnet.stages\[0\].num_heads: 4 there, 8 now\)"):
+        evaluation.evaluate(tiny_config, str(tmp_path / "bare.pth"), tmp_path / "images")
+
+
+def test_a_guiding_network_is_held_to_its_config(tiny_config, weights, tmp_path):
+    torch.save(read_state_dict(weights / "nnet_ema.safetensors"), tmp_path / "bare.pth")
+    tiny_config.nnet.stages[0].num_heads = 8
+    tiny_config.sample.update(scale=2.0, autoguidance_path=str(weights))
+    with pytest.raises(ValueError, match=r"another config \(nnet.stages\[0\].num_heads: 4 there, 8 now\)"):
+        evaluation.evaluate(tiny_config, str(tmp_path / "bare.pth"), tmp_path / "images")
+
+
+def test_a_power_of_0_is_a_constant_scale(tiny_config, weights, tmp_path):
+    """The one way to have it from the command line where the config has a power."""
+    tiny_config.sample.update(n_samples=5, scale=2.0, scale_pow=None)
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "none")
+    tiny_config.sample.scale_pow = 0.0
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "zero")
+    assert contents(tmp_path / "zero") == contents(tmp_path / "none")
+
+
 def test_released_names_give_the_same_images(tiny_config, weights, tmp_path):
     """A .pth in the released code's names, the project's safetensors and the checkpoint folder are one model."""
     state = read_state_dict(weights / "nnet_ema.safetensors")
@@ -165,7 +191,7 @@ def test_labels_are_balanced():
     [
         ({"sample_steps": 2}, None, "sample_steps must be at least 3 for dpm_solver; found 2"),
         ({"order": 4, "sample_steps": 9}, None, "config.sample.order must be 1, 2 or 3; found 4"),
-        ({"scale_pow": -1.0}, None, "must be above 0; found -1"),
+        ({"scale_pow": -1.0}, None, r"must be at least 0 \(0: constant scale\); found -1"),
         ({"algorithm": "euler_maruyama_sde"}, None, "needs config.schedule vpsde or vpsde_cosine; found sd"),
         ({}, "none.pth", "no checkpoint at none.pth"),
     ],

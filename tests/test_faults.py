@@ -73,6 +73,35 @@ def test_signals_save_and_ask_for_a_requeue(tiny_config, tmp_path, number):
     assert not (tmp_path / "requeue").exists() and len(losses(tmp_path)) == step + 2
 
 
+def test_a_signal_to_the_launcher_saves_too(tiny_config, tmp_path):
+    """accelerate's launcher dies of it without passing it on."""
+    tiny_config.train.update(n_steps=5000, save_interval=10_000, eval_interval=10_000)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--cpu", "train.py"]
+    command += [*overrides(tiny_config), f"--workdir={tmp_path}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path, 3)
+    launcher.terminate()
+    launcher.wait(60)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "requeue").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    step = int((tmp_path / "requeue").read_text())
+    assert [p.name for p in (tmp_path / "ckpts").iterdir()] == [f"{step}.ckpt"]
+
+
+def test_a_work_folder_has_one_writer(tiny_config, tmp_path):
+    tiny_config.train.update(n_steps=5000, save_interval=10_000, eval_interval=10_000)
+    process = start(tiny_config, tmp_path)
+    wait_for_step(tmp_path, 1)
+    with pytest.raises(ValueError, match=f"another training writes into {tmp_path}"):
+        training.train(tiny_config, tmp_path)
+    process.kill()
+    process.communicate()
+    tiny_config.train.n_steps = 2
+    assert training.train(tiny_config, tmp_path) == 0
+
+
 def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch):
     """No file may grow past 1000 bytes while the second checkpoint is written: safetensors' own error, half a file."""
     save_file, calls = checkpoint.save_file, []

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
 from libs.dimr import DiMR, GatedGELU, StageSpec
-from libs.norms import NORMS, TDLayerNorm, TDRMSNorm, TimeDependentVector
+from libs.norms import NORMS, TDLayerNorm, TDRMSNorm, TimeDependentVector, scaled_rms
 
 COARSE = StageSpec("TransformerBlock", 16, 3, 32, patch_size=2, max_height=4, max_width=4, num_heads=2)
 FINE = StageSpec("ConvNeXtBlock", 8, 3, 16, patch_size=1, max_height=8, max_width=8, kernel_size=3)
@@ -96,6 +96,35 @@ def test_norms_feed_products_in_their_precision():
         assert TDRMSNorm(8)(x, t).dtype == TDLayerNorm(8)(x, t).dtype == torch.bfloat16
         assert TDLayerNorm(8, exact=True)(x, t).dtype == torch.float32
         torch.testing.assert_close(TDRMSNorm(8)(x, t), torch.nn.functional.rms_norm(x, (8,)).bfloat16())
+
+
+def test_gradients_of_16_bit_features_are_summed_in_float32():
+    """Those behind a long skip come in 16 bits; expected: automatic differentiation in float64."""
+    torch.manual_seed(0)
+    x, gain, grad = (
+        (5 * torch.randn(64, 8, 32)).half(),
+        torch.rand(1, 1, 32) + 0.5,
+        (200 * torch.randn(64, 8, 32)).half(),
+    )
+    found, expected = [], []
+    for kind, result in ((None, found), (torch.float64, expected)):
+        a, b = (v.to(kind or v.dtype).detach().requires_grad_() for v in (x, gain))
+        if kind:
+            (a / (a.square().mean(-1, keepdim=True).sqrt() + 1e-8) * b).backward(grad.to(kind))
+        else:
+            scaled_rms(a, b, torch.float16).backward(grad)
+        result += [a.grad.float(), b.grad.float()]
+    torch.testing.assert_close(found[0], expected[0], rtol=2e-3, atol=1e-2)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=0.1)
+
+
+def test_classes_need_a_branch_that_sees_them():
+    stage = StageSpec("ConvNeXtBlock", 8, 1, 16, 1, 8, 8)
+    with pytest.raises(
+        ValueError, match="5 classes need a stage that sees the class, with block_type TransformerBlock"
+    ):
+        DiMR([stage], n_classes=5)
+    DiMR([stage], n_classes=0)
 
 
 @pytest.mark.parametrize(("every", "keep_products"), [(1, False), (2, False), (1, True)])

@@ -31,7 +31,7 @@ def reference(tmp_path):
 
 def good_sampling(**changes):
     settings = {"config": "DiMR-XL-2R_imagenet256", "weights": "a/500000.ckpt/nnet_ema.safetensors", "scale": 1.4}
-    return {**settings, "n_samples": 50_000, "n_classes": 1000, **changes}
+    return {**settings, "n_samples": 50_000, "dataset.n_classes": 1000, **changes}
 
 
 def test_a_set_as_published_has_no_warnings(reference):

@@ -21,7 +21,7 @@ LABELS = [0] * 4 + [1] * 4 + [2] * 4
 def write_part(folder, indices=range(N), output="npz", size=(6, 4), **changes):
     """A folder as eval.py leaves it: image i is all i, (W, H) = size."""
     folder.mkdir(parents=True)
-    settings = {"n_samples": N, "n_classes": CLASSES, "mini_batch_size": BATCH, "output": output, "scale": 2.0}
+    settings = {"n_samples": N, "dataset.n_classes": CLASSES, "mini_batch_size": BATCH, "output": output, "scale": 2.0}
     settings |= {"indices": [indices.start, indices.stop], **changes}
     (folder / "sampling.json").write_text(json.dumps(settings))
     (folder / "class_lab.txt").write_text("".join(f"{LABELS[i]}\n" for i in indices))

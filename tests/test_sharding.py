@@ -31,8 +31,12 @@ def column(workdir, name) -> list[float]:
     return [json.loads(line)[name] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def start_ranks(*command, processes=2, **env) -> list[subprocess.Popen]:
-    """Processes of a run without a launcher between: a test can stop one of them, and nothing else has to start."""
+def start_ranks(*command, processes=2, own=None, **env) -> list[subprocess.Popen]:
+    """Processes of a run without a launcher between: a test can stop one of them, and nothing else has to start.
+
+    `own`: further words for each of them.
+    """
+    own = own or [[]] * processes
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,7 +45,7 @@ def start_ranks(*command, processes=2, **env) -> list[subprocess.Popen]:
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [sys.executable, *map(str, command), *own[rank]],
             cwd=ROOT,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
@@ -171,6 +175,15 @@ def test_sharded_goes_on_from_a_whole_checkpoint_whatever_comes(config, runs, tm
     folders = checkpoint.checkpoint_folders(workdir / "ckpts")
     assert folders[0].name == f"{step}.ckpt" and "8.ckpt" not in [folder.name for folder in folders]
     checkpoint.read_checkpoint(folders[0])
+
+
+def test_processes_started_differently_are_told(config, tmp_path):
+    flags = [*overrides(config), f"--workdir={tmp_path / 'w'}"]
+    ranks = start_ranks("train.py", *flags, own=[["--config.optimizer.lr=0.1"], ["--config.optimizer.lr=0.2"]])
+    for said in join(ranks, expected=1):
+        assert "error: processes 0 and 1 were started differently (config.optimizer.lr: 0.1 on 0, 0.2 on 1)" in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "w").exists()
 
 
 def test_pieces(runs):

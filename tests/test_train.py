@@ -67,13 +67,19 @@ def test_damaged_checkpoint_is_passed_over(tiny_config, straight, tmp_path):
     assert losses(tmp_path) == losses(straight)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_and_wandb_offline(tiny_config, tmp_path, precision):
+def test_mixed_precision_and_wandb_offline(tiny_config, tmp_path):
     flags = [*overrides(tiny_config), "--config.wandb.mode=offline", "--config.train.n_steps=3"]
-    done = run("train.py", *flags, f"--workdir={tmp_path}", env={"ACCELERATE_MIXED_PRECISION": precision})
+    done = run("train.py", *flags, f"--workdir={tmp_path}", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert done.returncode == 0, done.stderr
-    assert f"{precision} precision" in done.stderr and len(losses(tmp_path)) == 3
+    assert "bf16 precision" in done.stderr and len(losses(tmp_path)) == 3
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs compute in fp16")
+def test_fp16_is_refused_on_a_cpu_where_it_would_be_float32(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="must be one of no, bf16 on a CPU; found fp16"):
+        training.train(tiny_config, tmp_path / "w")
 
 
 def test_pixel_training(tiny_images, tmp_path):
@@ -179,9 +185,21 @@ def test_ema_by_hand():
         ("autoencoder.pretrained_path", "assets/none.pth", "No autoencoder at assets/none.pth"),
         ("sample.scale", 0.4, "its 0.4 is --cfg=1.4 here"),
         ("train.log_interval", 0, "config.train.log_interval must be at least 1; found 0"),
-        ("dataset.p_uncond", 1.5, "config.dataset.p_uncond is a probability"),
+        ("dataset.p_uncond", 1.5, "config.dataset.p_uncond must be at least 0 and at most 1; found 1.5"),
+        ("seed", -1, "config.seed must be at least 0"),
+        ("z_shape", (4, 8), r"config.z_shape must be \(channels, height, width\), three whole numbers; found \(4, 8\)"),
+        ("loss_coeffs", (1, "a"), r"config.loss_coeffs must be numbers of at least 0; found \(1, 'a'\)"),
+        ("train.n_steps", 0, "config.train.n_steps must be at least 1; found 0"),
+        ("train.grid_per_class", 0, "config.train.grid_per_class must be at least 1; found 0"),
+        ("train.grad_clip", -1.0, "config.train.grad_clip must be at least 0; found -1"),
+        ("optimizer.lr", float("nan"), "config.optimizer.lr must be at least 0; found nan"),
+        ("optimizer.betas", (0.9, 1.0), r"config.optimizer.betas must be at least 0 and below 1; found \(0.9, 1.0\)"),
+        ("optimizer.betas", (0.9,), r"config.optimizer.betas must be two numbers; found \(0.9,\)"),
+        ("lr_scheduler.warmup_steps", -5, "config.lr_scheduler.warmup_steps must be at least 0; found -5"),
+        ("ema.extra_rates", (0.5, 2), r"config.ema.extra_rates must be at least 0 and below 1; found \(0.5, 2\)"),
+        ("init.freeze", (".*",), "leaves nothing to train"),
         ("train.compile", "fast", "config.train.compile must be one of auto, whole, blocks, off; found 'fast'"),
-        ("train.recompute", -1, r"config.train.recompute must be 0 \(none\), 1 \(every block\) or more; found -1"),
+        ("train.recompute", -1, "config.train.recompute must be at least 0; found -1"),
         ("wandb.mode", "on", "config.wandb.mode must be one of disabled, offline, online; found 'on'"),
         ("schedule", "edm", "config.schedule must be one of sd, vpsde, vpsde_cosine; found 'edm'"),
     ],
@@ -203,9 +221,18 @@ def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, m
         (["--config=configs/digits.py", "--config.train.batchsize=3"], 'Did you mean "batch_size"'),
         (["--config=configs/digits.py", "--config.nnet.stages[0].depth=4"], "error: config.nnet.stages[0]: depth of"),
         (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=BAD/misspelt.py"], 'misspelt.py, line 3: Key "grad_clipp" does not exist'),
+        (["--config=BAD/wrong_type.py"], "wrong_type.py, line 3: "),
+        (["--config=BAD/empty.py"], "empty.py has no function get_config()"),
     ],
 )
 def test_errors_on_the_command_line_are_one_message(tmp_path, flags, message):
+    bad = {"misspelt": "config.train.grad_clipp = 1.0", "wrong_type": "config.train.batch_size = 'x'"}
+    for name, line in bad.items():
+        body = f"from configs.common import base\ndef get_config():\n    config = base(); {line}\n    return config\n"
+        (tmp_path / f"{name}.py").write_text(body)
+    (tmp_path / "empty.py").write_text("")
+    flags = [flag.replace("BAD", str(tmp_path)) for flag in flags]
     done = run("train.py", *flags, f"--workdir={tmp_path / 'w'}")
     assert done.returncode != 0 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "w").exists()
