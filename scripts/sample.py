@@ -1,7 +1,7 @@
 """Pictures of chosen classes in one grid, and how they come about.
 
-    python scripts/sample.py --classes "golden retriever,207" --nnet_path WEIGHTS [--config configs/NAME.py] \
-        [--autoencoder PATH] [--seed 0 --per_class 4 --cfg 1,1.4,3 --steps 20,50 --columns guidance] [--trajectory] \
+    python scripts/sample.py --classes "golden retriever,207" --nnet_path WEIGHTS [--config configs/NAME.py] \\
+        [--autoencoder PATH] [--seed 0 --per_class 4 --cfg 1,1.4,3 --steps 20,50 --columns guidance] [--trajectory] \\
         --grid out.png
     python scripts/sample.py --grid out.png
 
