@@ -80,17 +80,15 @@ class Model:
 
     def with_settings(self, seed: int | None, scale: float | None, steps: int | None) -> ml_collections.ConfigDict:
         """The config with those of the settings that are given. Raises ValueError for ones that cannot work."""
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"the seed must be a whole number from 0 to 2^63 - 1; found {seed}")
         config = self.config.copy_and_resolve_references()
         config.seed = config.seed if seed is None else seed
         config.sample.scale = config.sample.scale if scale is None else scale
         config.sample.sample_steps = config.sample.sample_steps if steps is None else steps
         try:
             utils.check_sampling(config)
-        except ValueError as error:  # a setting by its name here
+        except ValueError as error:  # settings by their names here
             told = str(error).replace("config.sample.sample_steps", "the number of steps (--steps)")
-            raise ValueError(told) from None
+            raise ValueError(told.replace("config.seed", "the seed (--seed)")) from None
         return config
 
     def sample(self, config: ml_collections.ConfigDict, labels: Sequence[int]) -> np.ndarray:

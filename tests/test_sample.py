@@ -153,7 +153,7 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
         (("--classes", "dog"), "error: no class is called 'dog'"),
         (("--classes", "1", "--cfg", "0.5"), "error: the guidance scale must be at least 1"),
         (("--classes", "1", "--nnet_path", "none.safetensors"), "error: no checkpoint at none.safetensors"),
-        (("--seed", "99999999999999999999"), "error: the seed must be a whole number from 0 to 2^63 - 1; found 999"),
+        (("--seed", "99999999999999999999"), "error: the seed (--seed) must be at least 0 and at most 9"),
         (("--steps", "1"), "error: the number of steps (--steps) must be at least 3 for dpm_solver; found 1"),
         (("--classes", "1", "--autoencoder", "none.pth"), "error: No autoencoder at none.pth"),
         (("--classes", "1", "--config", "configs/digits.py"), "was trained with another config (nnet."),
