@@ -48,6 +48,6 @@ def class_label(word: int | str, names: Sequence[str]) -> int:
             return lower.index(wanted)
         close = [names[label] for label in find_classes(wanted, names)[:5]] if wanted else []
         raise ValueError(f"no class is called {word!r}" + (f"; near it: {', '.join(close)}" if close else ""))
-    if not 0 <= int(word) <= len(names):
+    if int(word) != float(word) or not 0 <= int(word) <= len(names):
         raise ValueError(f"class labels are 0..{len(names)} ({len(names)}: no class); found {word}")
     return int(word)

@@ -11,12 +11,16 @@ names (sde.SolverScheduler): nothing here imports it, and diffusers takes classe
 """
 
 import inspect
+import json
+import numbers
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -25,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from libs.autoencoder import Autoencoder
+from libs.checkpoint import PIPELINE_FILE, STATE_FILE
 from libs.class_names import class_label
 from libs.dimr import DiMR, StageSpec
 from libs.pictures import to_uint8
@@ -32,14 +37,8 @@ from libs.randomness import SampleNoise
 
 Generators = torch.Generator | list[torch.Generator] | None
 
-# The discrete schedule sd, as the configs of diffusers' schedulers call it.
-SD_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-}
+# alpha_bar of the discrete schedule sd at its 1000 times, as diffusers' schedulers have it.
+SD_ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 
 SAVED = "saved"  # in place of a value: the one saved with the pipeline
 
@@ -95,8 +94,10 @@ class DiMRPipeline(DiffusionPipeline):
         schedule: the noise schedule that the network was trained with; None: the scheduler's.
         id2label: {label: name}, so that classes can be called by their names; their number where there is none.
         defaults: guidance_scale, guidance_power, guidance_interval and num_inference_steps of a call that gives none.
+        trained: {"config": of the run, as JSON values, "step"}, kept with the weights where the pipeline is saved.
     """
 
+    model_cpu_offload_seq = "network->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
 
     def __init__(
@@ -107,16 +108,33 @@ class DiMRPipeline(DiffusionPipeline):
         schedule: str | None = None,
         id2label: dict | None = None,
         defaults: dict | None = None,
+        trained: dict | None = None,
     ):
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
         schedule = schedule or scheduler.config.get("schedule", "sd")
-        self.register_to_config(schedule=schedule, id2label=id2label, defaults=defaults)
+        self.register_to_config(schedule=schedule, id2label=id2label, defaults=defaults, trained=trained)
         names = {int(label): name for label, name in (id2label or {}).items()}
         self.names = [names.get(label, str(label)) for label in range(network.n_classes)]
         self.defaults = {"guidance_scale": 1.0, "guidance_power": None, "guidance_interval": None}
         self.defaults |= {"num_inference_steps": 50, **(defaults or {})}
-        self.autoencoder = Autoencoder(vae) if vae is not None else None  # has latents' scale and range
+        self.autoencoder = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """See diffusers. The weights are in one file, and what is known of them is beside it, as in a checkpoint."""
+        super().save_pretrained(save_directory, **{"max_shard_size": "1TB", **kwargs})
+        if self.config.trained:
+            state = Path(save_directory, PIPELINE_FILE).with_name(STATE_FILE)
+            state.write_text(json.dumps(self.config.trained, indent=1))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of samples, by the `vae` that is set now."""
+        if self.vae is None:
+            return x
+        if self.autoencoder is None or self.autoencoder.vae is not self.vae:
+            self.autoencoder = Autoencoder(self.vae)  # has latents' scale and range
+        with torch.autocast(x.device.type, enabled=False):
+            return self.autoencoder.decode(x.float())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DiMRPipeline":
@@ -131,7 +149,7 @@ class DiMRPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | str] | int | str,
+        class_labels: Sequence[int | str] | int | str | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         generator: Generators = None,
@@ -148,26 +166,34 @@ class DiMRPipeline(DiffusionPipeline):
         where the batch is the same too. `--mixed_precision` there is torch.autocast around a call here.
 
         Args:
-            class_labels: numbers or names; the number of classes itself is no class.
+            class_labels: numbers or names; the number of classes itself is no class, so that [0] * n are n pictures of
+                a model without classes (None: one).
             guidance_scale: eps = uncond + scale (cond - uncond); 1 is none.
             num_inference_steps: network evaluations (of diffusers' schedulers: its steps).
-            generator: where noise is drawn from, as in diffusers; in place of `seed` and `indices`.
+            generator: where noise is drawn from, as in diffusers; in place of `seed` and `indices`. Without either,
+                two calls give the same pictures: those of seed 0.
             indices: of the pictures in a set; None: 0, 1, ...
             guidance_power, guidance_interval: power of the power-cosine schedule, and the noise levels (sigma / alpha)
                 at which there is guidance; None: none. For sde.SolverScheduler only.
-            output_type: pil, np (float, B H W 3, in [0, 1]) or pt (uint8, B 3 H W).
+            output_type: pil, np (float32, B H W 3, in [0, 1]), pt (the same, B 3 H W) or latent (B C h w, not decoded).
 
         Raises:
             ValueError: labels, settings or a scheduler that cannot be used.
         """
-        if isinstance(class_labels, (int, str)):
+        if class_labels is None:
+            if self.network.n_classes:
+                raise ValueError(f"class_labels is not set: this model has {self.network.n_classes} classes")
+            class_labels = 0
+        if isinstance(class_labels, numbers.Integral | str):
             class_labels = [class_labels]
+        if len(class_labels) == 0:
+            raise ValueError("class_labels must hold a label for each picture; found none")
         labels = [class_label(word, self.names) for word in class_labels]
         indices = range(len(labels)) if indices is None else indices
         if len(indices) != len(labels):
             raise ValueError(f"indices must be one per label; found {len(indices)} for {len(labels)} labels")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type must be pil, np or pt; found {output_type!r}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent; found {output_type!r}")
         if self.network.dtype != torch.float32:
             raise ValueError(
                 f"the network must be in float32 (torch.autocast around the call computes in less); found "
@@ -188,8 +214,14 @@ class DiMRPipeline(DiffusionPipeline):
         power = saved["guidance_power"] if guidance_power == SAVED else guidance_power
         interval = saved["guidance_interval"] if guidance_interval == SAVED else guidance_interval
         y, null = torch.tensor(labels, device=device), self.network.null_label
-        if hasattr(self.scheduler, "sample"):
-            x = self.scheduler.sample(self.network, y, null, draw(), steps, scale, power, interval, draw)
+        if callable(getattr(self.scheduler, "sample", None)):  # of diffusers' schedulers some have it, and it is None
+            with self.progress_bar(total=steps) as progress:
+
+                def network(*inputs: Tensor) -> tuple[Tensor, ...]:
+                    progress.update()
+                    return self.network(*inputs)
+
+                x = self.scheduler.sample(network, y, null, draw(), steps, scale, power, interval, draw)
         else:
             if scale != 1 and (power is not None or interval is not None):
                 raise ValueError(
@@ -198,10 +230,9 @@ class DiMRPipeline(DiffusionPipeline):
                 )
             own = generator if generator is not None else torch.Generator(device).manual_seed(seed)
             x = self.step_by_step(draw(), y, steps, scale, own)
-        if self.autoencoder is not None:
-            with torch.autocast(device.type, enabled=False):
-                x = self.autoencoder.decode(x.float())
-        return self.as_output(to_uint8(x), output_type, return_dict)
+        images = x if output_type == "latent" else self.as_output(to_uint8(self.decode(x)), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def step_by_step(self, x: Tensor, y: Tensor, steps: int, scale: float, generator: Generators) -> Tensor:
         """Sample with a scheduler of diffusers, from noise x (B, C, H, W); guidance at a constant scale.
@@ -211,6 +242,8 @@ class DiMRPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler, self.config.schedule)
         n = self.scheduler.config.num_train_timesteps
         self.scheduler.set_timesteps(steps, device=x.device)
+        if self.scheduler.timesteps[0] < self.scheduler.timesteps[-1]:
+            raise ValueError(f"{type(self.scheduler).__name__} goes from images to noise: take another scheduler")
         more = {"generator": generator} if takes(self.scheduler.step, "generator") else {}
         both = torch.cat([y, torch.full_like(y, self.network.null_label)])
         x = x * self.scheduler.init_noise_sigma
@@ -225,12 +258,12 @@ class DiMRPipeline(DiffusionPipeline):
             x = self.scheduler.step(eps, k, x, **more).prev_sample
         return x
 
-    def as_output(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+    def as_output(self, images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         """uint8 images (B, 3, H, W) in the form asked for."""
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).cpu().numpy()
-            images = [Image.fromarray(image) for image in images] if output_type == "pil" else images / 255.0
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if output_type == "pt":
+            return images / 255
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(image) for image in images] if output_type == "pil" else images / np.float32(255)
 
 
 def check_scheduler(scheduler: SchedulerMixin, schedule: str) -> None:
@@ -238,12 +271,19 @@ def check_scheduler(scheduler: SchedulerMixin, schedule: str) -> None:
     name = type(scheduler).__name__
     if schedule != "sd":
         raise ValueError(f"{name} has discrete times, but this network's schedule is {schedule}: use SolverScheduler")
-    for key, expected in SD_SCHEDULE.items():
-        if (found := scheduler.config.get(key)) != expected:
-            raise ValueError(
-                f"{name} does not fit this network: expected {key} {expected}, found {found}; make it by "
-                f"{name}.from_config(pipe.scheduler.config)"
-            )
+    table, config = getattr(scheduler, "alphas_cumprod", None), scheduler.config
+    problem = None
+    if table is None:
+        problem = "it has no discrete noise schedule (alphas_cumprod)"
+    elif len(table) != len(SD_ALPHAS_CUMPROD) or not torch.allclose(table.double().cpu(), SD_ALPHAS_CUMPROD, rtol=1e-4):
+        problem = "it has another noise schedule"
+    elif config.get("prediction_type") != "epsilon":
+        problem = f"prediction_type is {config.get('prediction_type')}, not epsilon"
+    for setting in ("clip_sample", "thresholding"):
+        if config.get(setting):
+            problem = f"{setting} is on, which is for pixels in [-1, 1]"
+    if problem:
+        raise ValueError(f"{name} does not fit this network: {problem}; try {name}.from_config(pipe.scheduler.config)")
 
 
 def takes(function: Callable, name: str) -> bool:

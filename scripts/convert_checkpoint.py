@@ -36,7 +36,6 @@ import utils
 from libs.checkpoint import (
     CONFIG_KEY,
     PIPELINE_FILE,
-    STATE_FILE,
     find_weights,
     fitting_weights,
     read_state_dict,
@@ -47,12 +46,13 @@ from libs.errors import errors_in_one_line
 from libs.files import file_digest
 from libs.pipeline import DiMRNetwork, DiMRPipeline
 
+RELEASED_FILES = (".pth", ".pt")
 CARD_FILE = "README.md"
 MARK = "library_name: dimr"
 CARD = """---
 {mark}
 pipeline_tag: unconditional-image-generation
-tags: [diffusion, dimr, class-conditional]
+tags: [diffusion, dimr{conditional}]
 ---
 # {name}
 
@@ -69,6 +69,8 @@ A DiMR, a diffusion model that denoises at several resolutions at once (Liu et a
 | SHA-256 of `{file}` | `{sha256}` |
 
 ## Use
+
+From the root of this project's repository, with the path that the weights have there:
 
 ```bash
 {use}
@@ -166,6 +168,7 @@ def build_pipeline(model: Model) -> DiMRPipeline:
             "guidance_interval": sample.interval,
             "num_inference_steps": sample.sample_steps,
         },
+        {"step": model.step, "config": utils.config_json(config)},
     )
 
 
@@ -173,26 +176,27 @@ def write_pipeline(model: Model, out: Path) -> None:
     """A folder for DiMRPipeline.from_pretrained; beside the weights a state.json with the config."""
     pipe = build_pipeline(model)
     with whole(out) as temporary:
-        # one file, whatever the size: what every other program here reads
-        pipe.save_pretrained(temporary, max_shard_size="1TB")
-        state = {"step": model.step, "config": utils.config_json(model.config)}
-        (temporary / PIPELINE_FILE).with_name(STATE_FILE).write_text(json.dumps(state, indent=1))
+        pipe.save_pretrained(temporary)
         write_card(model, temporary / PIPELINE_FILE, temporary / CARD_FILE, out)
 
 
 def write_card(model: Model, weights: Path, card: Path, out: Path) -> None:
-    """Fill in the model card `card` of what is at `out`."""
+    """Fill in the model card `card` of what is at `out`; one that is there is kept, as somebody may have filled it."""
+    if card.exists():
+        print(f"{card} is kept as it is: remove it to have it written for {out.name}")
+        return
     stages = utils.build_stages(model.config)
     config = model.config
     if out.suffix == ".safetensors":
-        use = f"python scripts/sample.py --nnet_path {out.name} --classes 1,2,3 --grid out.png"
+        use = f"python scripts/sample.py --nnet_path {out} --grid out.png"
     else:
         use = (
             "python -c 'import sde; from libs.pipeline import DiMRPipeline; "
-            f'DiMRPipeline.from_pretrained("{out.name}")([1]).images[0].save("out.png")\''
+            f'DiMRPipeline.from_pretrained("{out}")([0]).images[0].save("out.png")\''
         )
     text = CARD.format(
         mark=MARK,
+        conditional=", class-conditional" if config.dataset.n_classes else "",
         name=out.stem,
         parameters=sum(tensor.numel() for tensor in model.state.values()),
         branches=", ".join(f"{s.depth} x {s.block_type} {s.dim} on {s.max_height}x{s.max_width}" for s in stages),
@@ -213,7 +217,9 @@ def write_card(model: Model, weights: Path, card: Path, out: Path) -> None:
 
 def check_out(out: Path) -> None:
     """Raises ValueError where OUT would write over something that it did not make."""
-    if out.suffix in (".safetensors", ".pth"):
+    if out.suffix in (".bin", ".ckpt", ".pkl", ".npz"):
+        raise ValueError(f"{out}: expected NAME.safetensors, NAME.pth or a new folder")
+    if out.suffix in (".safetensors", *RELEASED_FILES):
         if out.is_dir():
             raise ValueError(f"{out} is a folder: give another name for the file")
     elif out.exists():
@@ -234,7 +240,7 @@ def convert(weights: str, out: Path, config_path: str | None = None) -> None:
     if out.suffix == ".safetensors":
         write_safetensors(model, out)
         write_card(model, out, out.parent / CARD_FILE, out)
-    elif out.suffix == ".pth":
+    elif out.suffix in RELEASED_FILES:
         write_released(model, out)
     else:
         write_pipeline(model, out)

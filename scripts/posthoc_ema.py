@@ -7,6 +7,7 @@ Needs a run trained with config.ema.power_widths (two widths, such as (0.05, 0.1
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from libs.checkpoint import PROFILE_KEY, checkpoint_folders, read_state_dict
+from libs.checkpoint import CONFIG_KEY, PROFILE_KEY, checkpoint_folders, read_state_dict, saved_settings
 from libs.ema import posthoc_weights
 from libs.errors import errors_in_one_line
 
@@ -60,8 +61,9 @@ def main() -> None:
         stored = stored_averages(arguments.ckpts, arguments.step)
         step = arguments.step or max(t for t, _, _ in stored)
         state = combine(stored, step, arguments.width)
-    profile = f"width {arguments.width:g}, reconstructed"
-    save_file(state, arguments.out, metadata={PROFILE_KEY: profile})
+        newest = saved_settings(max(stored)[2])
+    metadata = {PROFILE_KEY: f"width {arguments.width:g}, reconstructed", "step": json.dumps(step)}
+    save_file(state, arguments.out, metadata={**metadata, CONFIG_KEY: json.dumps(newest["config"])})
     print(f"{arguments.out}: width {arguments.width:g} at step {step} from {len(stored)} stored averages")
 
 

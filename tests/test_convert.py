@@ -94,6 +94,18 @@ def test_a_training_checkpoint_brings_its_config_and_step(state, tiny_config, tm
     assert config == saved["config"]
 
 
+def test_a_card_that_is_there_is_kept(state, config_file, tmp_path, capsys):
+    """Somebody may have filled it in."""
+    torch.save(state, tmp_path / "a.pth")
+    out = tmp_path / "own" / "a.safetensors"
+    converting.convert(str(tmp_path / "a.pth"), out, str(config_file))
+    card = out.parent / "README.md"
+    assert f"--nnet_path {out} --grid" in card.read_text() and "class-conditional" in card.read_text()
+    card.write_text(card.read_text() + "Trained on digits.")
+    converting.convert(str(out), out.with_name("b.safetensors"))
+    assert "Trained on digits." in card.read_text() and f"{card} is kept as it is" in capsys.readouterr().out
+
+
 def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):
     torch.save({released_name(name): tensor for name, tensor in state.items()}, tmp_path / "released.pth")
     (tmp_path / "with_readme").mkdir()
@@ -105,6 +117,7 @@ def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):
         (("released.pth", "with_readme", config_file), "with_readme exists: give a new folder"),
         (("released.pth", "own/a.safetensors", ROOT / "configs" / "digits.py"), "does not fit this model"),
         (("none.pth", "own/a.safetensors", config_file), "no checkpoint at"),
+        (("released.pth", "own/a.bin", config_file), "a.bin: expected NAME.safetensors, NAME.pth or a new folder"),
     ]
     for (weights, out, config), message in cases:
         with pytest.raises((ValueError, OSError), match=message):
