@@ -81,7 +81,10 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
         file = checkpoint.find_weights(config.init.path)
         if different := utils.differences_of_networks(config, file, but=("z_shape", "dataset.n_classes")):
             logging.warning("%s was trained in another network: %s", file, "; ".join(different))
-        state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file))
+        saved = checkpoint.saved_settings(file)
+        stages = utils.build_stages(utils.config_from_json(saved["config"])) if saved else []
+        grids = [(stage.max_height, stage.max_width) for stage in stages]
+        state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file), grids)
         checkpoint.load_weights(nnet, state, str(file))
         logging.info("starting from %s", file)
         for note in notes:

@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -345,18 +346,29 @@ def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int)
 # --- Starting from other weights --------------------------------------------------------------------------------------
 
 
-def adapt_weights(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def adapt_weights(
+    model: nn.Module, state: dict[str, Tensor], grids: Sequence[tuple[int, int]] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """Make weights of another resolution or class count fit: (state dict, what was done, a line each).
 
     Position tables are interpolated (bicubic) to the model's grids; class embeddings of another count are left as the
     model has initialised them. Everything else must fit as it is.
+
+    Args:
+        grids: (height, width) of the branches' position tables in `state`; without them those of as many cells as the
+            model's are taken as they are, and others as `grid_of` guesses.
     """
     state, own, notes = dict(to_own_names(state, model)), model.state_dict(), []
     for r, stage in enumerate(model.stages):
         name = f"stages.{r}.pos_embed.weight"
         table, grid = state.get(name), (stage.spec.max_height, stage.spec.max_width)
-        if table is not None and table.shape[0] != own[name].shape[0] and table.shape[1] == own[name].shape[1]:
-            old = grid_of(table.shape[0], grid)
+        if table is None or table.shape[1] != own[name].shape[1]:
+            old = grid  # nothing to interpolate
+        elif r < len(grids):
+            old = grids[r]
+        else:
+            old = grid if len(table) == len(own[name]) else grid_of(len(table), grid)
+        if old != grid:
             image = rearrange(table.float(), "(h w) D -> 1 D h w", h=old[0])
             image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
             state[name] = rearrange(image, "1 D h w -> (h w) D").to(table.dtype)

@@ -15,8 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, overrides, run
+from PIL import Image
 from test_train import assert_same_checkpoint, losses
 
 import train as training
@@ -287,6 +289,30 @@ def test_starting_from_weights_of_another_size(tiny_config, tmp_path, tiny_autoe
     tiny_config.init.freeze = ("nothing",)
     with pytest.raises(ValueError, match="'nothing' matches no parameter"):
         training.start_from(nnet, tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((8, 8), (4, 16)), ((4, 16), (16, 16)), ((4, 8), (4, 16)), ((8, 8), (8, 8))],
+    ids=["as many cells", "square count, not square", "neither square nor alike", "the same"],
+)
+def test_position_tables_are_read_as_the_grid_saved_with_them(tiny_config, tmp_path, old, new):
+    """A table whose cells hold their row and column, which interpolation keeps but for the ends of the grid."""
+    tiny_config.z_shape = (4, *old)
+    source = training.utils.build_network(tiny_config)
+    rows, columns = torch.meshgrid(*(torch.linspace(0, 1, n) for n in old), indexing="ij")
+    table = source.stages[1].pos_embed.weight.data
+    table[:, :2] = torch.stack([rows, columns], dim=-1).flatten(0, 1)
+    metadata = {checkpoint.CONFIG_KEY: json.dumps(utils.config_json(tiny_config))}
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors", metadata)
+    tiny_config.z_shape = (4, *new)
+    tiny_config.init.path = str(tmp_path / "weights.safetensors")
+    nnet = training.utils.build_network(tiny_config)
+    training.start_from(nnet, tiny_config)
+    found = nnet.stages[1].pos_embed.weight.data[:, :2].unflatten(0, new)
+    expected = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in new), indexing="ij"), dim=-1)
+    assert (found - expected).abs().max() < 0.15
+    assert torch.equal(nnet.stages[1].pos_embed.weight, table) == (old == new)
 
 
 def test_frozen_parts_stay_as_they_are(tiny_config, tmp_path):
