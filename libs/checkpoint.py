@@ -312,11 +312,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took out, whole, on the parameters' devices and cut as they are."""
-    parameters = dict(model.named_parameters())
+    """Put back what `optimizer_tensors` took out, whole, on the parameters' devices and cut as they are.
+
+    Of parameters that are frozen by now it is left out; those that were frozen begin as in a new run.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = {}
     for key, value in tensors.items():
         quantity, name = key.split("/", 1)
+        if name not in parameters:
+            continue
         if value.shape == parameters[name].shape:  # else a number of its own: the count of updates
             value = cut_like(value, parameters[name])
         state.setdefault(name, {})[quantity] = value

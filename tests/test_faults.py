@@ -328,6 +328,25 @@ def test_frozen_parts_stay_as_they_are(tiny_config, tmp_path):
     assert not torch.equal(tensors["nnet.safetensors"]["stages.1.skips.0.weight"], initial["stages.1.skips.0.weight"])
 
 
+@pytest.mark.parametrize("frozen_first", [True, False])
+def test_what_is_frozen_may_change_within_a_run(tiny_config, tmp_path, frozen_first):
+    """Moments of what is trained no more are left out; what is trained from now on begins with none."""
+    pattern, frozen, tiny_config.train.save_interval = (r"^stages\.0",), "exp_avg/stages.0.skips.0.weight", 3
+    tiny_config.init.freeze = pattern if frozen_first else ()
+    tiny_config.train.n_steps = 3
+    training.train(tiny_config, tmp_path)
+    tiny_config.init.freeze = () if frozen_first else pattern
+    tiny_config.train.n_steps, tiny_config.resume_changes = 6, ("init.freeze",)
+    training.train(tiny_config, tmp_path)
+    (_, first), (_, last) = (checkpoint.read_checkpoint(tmp_path / "ckpts" / f"{step}.ckpt") for step in (3, 6))
+    assert (frozen in first["optimizer.safetensors"]) == (not frozen_first)
+    assert (frozen in last["optimizer.safetensors"]) == frozen_first
+    name = "stages.0.skips.0.weight"
+    assert torch.equal(first["nnet.safetensors"][name], last["nnet.safetensors"][name]) == (not frozen_first)
+    counts = [last["optimizer.safetensors"].get(f"step/{n}") for n in (name, "stages.1.skips.0.weight")]
+    assert counts == ([3, 6] if frozen_first else [None, 6])
+
+
 def test_power_function_average_has_its_profile():
     """Averaging the step number itself gives the profile's mean; its exponent gives back its width."""
     for width in (0.05, 0.1, 0.2):
