@@ -337,15 +337,16 @@ def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int)
     steps (0: none).
 
     Those of later steps are damaged ones that were passed over: they neither count nor are touched, until the run comes
-    to their step. Also removed is what a process that was killed while it wrote one has left. Not to be called while
-    one is being written.
+    to their step. Also removed is what a process that was killed while it wrote one has left. What cannot be removed is
+    logged, and tried again the next time. Not to be called while one is being written.
     """
     whole = [folder for folder in checkpoint_folders(root) if int(folder.stem) <= step]
-    for folder in whole[keep_last:]:
-        if not (keep_interval and int(folder.stem) % keep_interval == 0):
+    old = [f for f in whole[keep_last:] if not (keep_interval and int(f.stem) % keep_interval == 0)]
+    for folder in [*old, *root.glob(".*.ckpt.tmp")]:
+        try:
             shutil.rmtree(folder)
-    for folder in root.glob(".*.ckpt.tmp"):
-        shutil.rmtree(folder)
+        except OSError as error:
+            logging.warning("%s could not be removed, training goes on: %s", folder, error)
 
 
 # --- Starting from other weights --------------------------------------------------------------------------------------

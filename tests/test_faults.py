@@ -421,6 +421,22 @@ def test_pruning_never_trades_a_whole_checkpoint_for_a_damaged_one(tmp_path):
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["100.ckpt", "90.ckpt"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_kept(tiny_config, tmp_path, monkeypatch, caplog):
+    """As on NFS, while another program reads it; the others go, and training goes on."""
+    remove = shutil.rmtree
+
+    def refused(path, ignore_errors=False, **kwargs):
+        if Path(path).name == "1.ckpt" and not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        remove(path, ignore_errors, **kwargs)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refused)
+    tiny_config.train.update(n_steps=3, save_interval=1, keep_last=1)
+    training.train(tiny_config, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["1.ckpt", "3.ckpt"]
+    assert "1.ckpt could not be removed, training goes on: [Errno 16] Device or resource busy" in caplog.text
+
+
 def test_where_no_checkpoint_is_whole_nothing_is_begun(tiny_config, tmp_path):
     training.train(tiny_config, tmp_path)
     for folder in (tmp_path / "ckpts").iterdir():
