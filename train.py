@@ -347,7 +347,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             try:
                 if main:
                     pictures.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
-                    pictures.save_strip(workdir / "samples", settings.grid_per_class)
+                    pictures.save_strip(workdir / "samples" / f"{step}.png", settings.grid_per_class)
             except OSError as error:
                 logging.error("the grid of step %d is lost, training goes on: %s", step, error)
             timer.reset()

@@ -209,6 +209,18 @@ def test_pictures_are_whole_or_not_there(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["grid_classes", "grid_per_class"])
+def test_the_grid_may_change_within_a_run(tiny_config, tmp_path, name):
+    """Its film strip goes on with the grids of the new size."""
+    tiny_config.train.update(n_steps=2, eval_interval=2, save_interval=2, grid_classes=2, grid_per_class=2)
+    training.train(tiny_config, tmp_path)
+    tiny_config.train.update({"n_steps": 6, name: 3})
+    training.train(tiny_config, tmp_path)
+    width, height = Image.open(tmp_path / "samples" / "strip.png").size
+    # columns of 16x16 samples, of steps 4 and 6, with 2 pixels of padding
+    assert (width, height) == (2 * 18, 18 * tiny_config.train.grid_classes + 2)
+
+
 def test_pickle_to_start_from_is_refused_in_one_line(tiny_config, tmp_path):
     class Harmful:
         def __reduce__(self):
