@@ -29,7 +29,7 @@ import eval as evaluation
 import sde
 import utils
 from libs import checkpoint, monitor, pictures, run_record, sharding
-from libs.adm_suite import Reference
+from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
@@ -230,7 +230,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     run_record.check_same_everywhere(identity)
     scoring = None
     if settings.fid_interval:
-        scoring = utils.open_scoring(config.fid_stat, False, utils.image_size(config, autoencoder))
+        planned = PlannedImages(settings.fid_samples, utils.image_size(config, autoencoder), "config.train.fid_samples")
+        scoring = utils.open_scoring(config.fid_stat, False, planned)
 
     start_from(nnet, config, resuming=bool(checkpoint.checkpoint_folders(workdir / "ckpts")))
     averages = make_averages(nnet, config)
