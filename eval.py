@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import sde
 import utils
-from libs.adm_suite import Reference, SampledImages, Scores, score_sets
+from libs.adm_suite import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
 from libs.files import file_digest, replacing
@@ -332,7 +332,8 @@ def evaluate(
     weights = files["nnet"]
 
     size = utils.image_size(config, autoencoder)
-    scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, size)
+    planned = PlannedImages(config.sample.n_samples, size, "config.sample.n_samples")
+    scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, planned)
     settings = sampling_settings(config, weights, files["weaker"], autoencoder, accelerator.mixed_precision)
     settings[RANGE] = [chosen.start, chosen.stop]
     check_same_settings(folder, settings)

@@ -8,8 +8,8 @@ A folder holds PNGs or shards as eval.py writes them, beside its `class_lab.txt`
 are the parts of one set (eval.py --indices or --classes). The file holds one array `arr_0`, uint8, N x H x W x 3, in
 index order; of several folders, the labels go beside it as <out>_class_lab.txt. Images are streamed into the file, so
 memory does not grow with N. A set with missing, doubled, extra, unreadable, non-RGB or differently sized images, or
-with labels that are not the images', is refused by name and nothing is written. A file that is complete and newer than
-every image is kept.
+with labels that are not the images', is refused by name and nothing is written. A file that is there already is written
+again, and keeps its old content until the new one is whole.
 """
 
 import argparse
@@ -23,17 +23,6 @@ from tqdm import tqdm
 from libs.errors import errors_in_one_line
 from libs.files import replacing
 from libs.sample_set import SampleSet, few
-
-
-def npz_shape(path: str | Path) -> tuple[int, ...] | None:
-    """Shape of the uint8 array `arr_0` in an npz file; None where there is no such file or it is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
-            np.lib.format.read_magic(entry)
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(entry)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return None
-    return shape if dtype == np.uint8 and not fortran_order else None
 
 
 def write_npz(images: SampleSet, out: Path) -> tuple[int, ...]:
@@ -68,10 +57,10 @@ def write_npz(images: SampleSet, out: Path) -> tuple[int, ...]:
 
 def img2npz(
     folders: str | Path | list[str | Path], out: str | Path | None = None, n_samples: int | None = None
-) -> tuple[Path, tuple[int, ...] | None]:
+) -> tuple[Path, tuple[int, ...]]:
     """Convert a folder, or a list of folders, to `out` (default: the folder's name + .npz).
 
-    Returns (out, shape), shape None if kept as is. Raises ValueError.
+    Returns (out, shape). Raises ValueError.
     """
     folders = [Path(folder) for folder in (folders if isinstance(folders, list | tuple) else [folders])]
     if len(folders) > 1 and (out is None or n_samples is not None):
@@ -81,9 +70,6 @@ def img2npz(
     for folder in folders:
         if out.resolve().parent == folder.resolve():
             raise ValueError(f"{out} would lie among the images: give an --out outside {folder}")
-    newest = max(path.stat().st_mtime for path in images.paths)
-    if out.exists() and out.stat().st_mtime > newest and npz_shape(out) == (images.count, *images.size, 3):
-        return out, None
     shape = write_npz(images, out)
     if len(folders) > 1 and images.labels is not None:
         with replacing(out.with_name(f"{out.stem}_class_lab.txt")) as file:
@@ -101,10 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_one_line():
         out, shape = img2npz(args.folders, args.out, args.n_samples)
-    if shape is None:
-        print(f"{out} is complete and newer than the images: nothing to do")
-    else:
-        print(f"{out}: arr_0 of shape {shape}")
+    print(f"{out}: arr_0 of shape {shape}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import eval as evaluation
 import sde
 import utils
 from libs import checkpoint, monitor, pictures, run_record, sharding
-from libs.adm_suite import Reference
+from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
@@ -81,7 +81,10 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
         file = checkpoint.find_weights(config.init.path)
         if different := utils.differences_of_networks(config, file, but=("z_shape", "dataset.n_classes")):
             logging.warning("%s was trained in another network: %s", file, "; ".join(different))
-        state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file))
+        saved = checkpoint.saved_settings(file)
+        stages = utils.build_stages(utils.config_from_json(saved["config"])) if saved else []
+        grids = [(stage.max_height, stage.max_width) for stage in stages]
+        state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file), grids)
         checkpoint.load_weights(nnet, state, str(file))
         logging.info("starting from %s", file)
         for note in notes:
@@ -227,7 +230,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     run_record.check_same_everywhere(identity)
     scoring = None
     if settings.fid_interval:
-        scoring = utils.open_scoring(config.fid_stat, False, utils.image_size(config, autoencoder))
+        planned = PlannedImages(settings.fid_samples, utils.image_size(config, autoencoder), "config.train.fid_samples")
+        scoring = utils.open_scoring(config.fid_stat, False, planned)
 
     start_from(nnet, config, resuming=bool(checkpoint.checkpoint_folders(workdir / "ckpts")))
     averages = make_averages(nnet, config)
@@ -344,7 +348,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             try:
                 if main:
                     pictures.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)
-                    pictures.save_strip(workdir / "samples", settings.grid_per_class)
+                    pictures.save_strip(workdir / "samples" / f"{step}.png", settings.grid_per_class)
             except OSError as error:
                 logging.error("the grid of step %d is lost, training goes on: %s", step, error)
             timer.reset()

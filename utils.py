@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 import sde
 from configs import common
-from libs.adm_suite import Reference, open_reference
+from libs.adm_suite import PlannedImages, Reference, check_features, check_sets, fewest_images, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
 from libs.depthwise import KERNELS, check_triton
 from libs.dimr import DiMR, StageSpec
 from libs.errors import is_for_users
 from libs.images import ImageDataset
-from libs.inception import find_inception
+from libs.inception import find_inception, load_adm_inception
 from libs.interrupt import TIMEOUT
 from libs.latents import LatentStore
 from libs.monitor import peak_flops
@@ -487,18 +487,19 @@ def image_size(config: ml_collections.ConfigDict, autoencoder: Autoencoder | Non
     return config.z_shape[1] * factor, config.z_shape[2] * factor
 
 
-def open_scoring(reference: str, required: bool, size: tuple[int, int]) -> tuple[Reference, Path] | None:
+def open_scoring(reference: str, required: bool, planned: PlannedImages) -> tuple[Reference, Path] | None:
     """What scoring needs: the opened reference .npz and the path of the Inception weights.
 
     Args:
-        size: (H, W) of the images to be scored.
+        planned: the images to be scored.
 
     Returns:
-        None, after a line that says what is missing, where one of them is and `required` is False.
+        None, after a line that says why, where one of them is missing or the images are too few and `required` is
+        False.
 
     Raises:
         FileNotFoundError: one of them is missing and `required`.
-        ValueError: the reference cannot be used, or its images are of another size.
+        ValueError: the reference or the weights cannot be used, its images are of another size, or too few.
     """
     try:
         if not Path(reference).is_file():
@@ -509,11 +510,12 @@ def open_scoring(reference: str, required: bool, size: tuple[int, int]) -> tuple
             raise
         logging.info("no scores: %s", error)
         return None
-    if opened.images and opened.images.size != size:
-        (h, w), (h0, w0) = size, opened.images.size
-        raise ValueError(
-            f"the images of {reference} are {w0}x{h0}, those to be scored {w}x{h}: give the reference of this size"
-        )
+    if not required and planned.count < fewest_images(opened):
+        logging.warning("no scores: %s is %d, less than %d", planned.name, planned.count, fewest_images(opened))
+        return None
+    check_sets([planned], opened)
+    check_features([opened.images], weights)
+    load_adm_inception(weights, "cpu")  # whole?
     return opened, weights
 
 

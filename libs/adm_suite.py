@@ -162,6 +162,15 @@ class KeptFeatures:
         return SetFeatures(pool, logits, spatial)
 
 
+@dataclass(frozen=True)
+class PlannedImages:
+    """A set that is yet to be made: images, (H, W) of them, and the setting of their number, for messages."""
+
+    count: int
+    size: tuple[int, int]
+    name: str
+
+
 KEPT = ("pool", "logits", "mu", "sigma", "mu_s", "sigma_s", "size", "inception")
 ImageSet = NpzImages | SampledImages | KeptFeatures
 
@@ -318,9 +327,14 @@ def open_reference(path: str | Path) -> Reference:
     return Reference(Path(path), statistics, open_set(path) if names & {"arr_0", "pool"} else None)
 
 
-def check_sets(samples: Sequence[ImageSet], reference: Reference) -> None:
+def fewest_images(reference: Reference) -> int:
+    """How many images it takes to be scored."""
+    return 4 if reference.images else 2  # for the neighbours of precision and recall; for a covariance
+
+
+def check_sets(samples: Sequence[ImageSet | PlannedImages], reference: Reference) -> None:
     """Raises ValueError for sets (`samples` the parts of one) that cannot be scored: too few images, other sizes."""
-    fewest = 4 if reference.images else 2  # for the neighbours of precision and recall; for a covariance
+    fewest = fewest_images(reference)
     n_samples = sum(part.count for part in samples)
     if n_samples < fewest:
         raise ValueError(f"{samples[0].name}: expected at least {fewest} images; found {n_samples}")
@@ -336,6 +350,18 @@ def check_sets(samples: Sequence[ImageSet], reference: Reference) -> None:
             f"{samples[0].name} is {w}x{h} but the images of {reference.path} are {w0}x{h0}: give the reference of "
             "this resolution, or sample at that one"
         )
+
+
+def check_features(parts: Sequence[ImageSet | None], weights: Path) -> str:
+    """Raises ValueError for features kept with other Inception weights; returns the SHA-256 of `weights`."""
+    digest = file_digest(weights)
+    for part in parts:
+        if isinstance(part, KeptFeatures) and part.inception != digest:
+            raise ValueError(
+                f"{part.name} holds features of other Inception weights than {weights} (SHA-256 "
+                f"{part.inception[:8]}..., here {digest[:8]}...): keep them again"
+            )
+    return digest
 
 
 @dataclass(frozen=True)
@@ -377,13 +403,7 @@ def score_sets(
         ValueError, OSError: sets or weights that cannot be used, NaN in features.
     """
     check_sets(samples, reference)
-    digest = file_digest(weights)
-    for part in (*samples, reference.images):
-        if isinstance(part, KeptFeatures) and part.inception != digest:
-            raise ValueError(
-                f"{part.name} holds features of other Inception weights than {weights} (SHA-256 "
-                f"{part.inception[:8]}..., here {digest[:8]}...): keep them again"
-            )
+    digest = check_features((*samples, reference.images), weights)
     loaded = []
 
     def network() -> AdmInception:  # none where all features were kept

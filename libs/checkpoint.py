@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -311,11 +312,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took out, whole, on the parameters' devices and cut as they are."""
-    parameters = dict(model.named_parameters())
+    """Put back what `optimizer_tensors` took out, whole, on the parameters' devices and cut as they are.
+
+    Of parameters that are frozen by now it is left out; those that were frozen begin as in a new run.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = {}
     for key, value in tensors.items():
         quantity, name = key.split("/", 1)
+        if name not in parameters:
+            continue
         if value.shape == parameters[name].shape:  # else a number of its own: the count of updates
             value = cut_like(value, parameters[name])
         state.setdefault(name, {})[quantity] = value
@@ -331,32 +337,44 @@ def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int)
     steps (0: none).
 
     Those of later steps are damaged ones that were passed over: they neither count nor are touched, until the run comes
-    to their step. Also removed is what a process that was killed while it wrote one has left. Not to be called while
-    one is being written.
+    to their step. Also removed is what a process that was killed while it wrote one has left. What cannot be removed is
+    logged, and tried again the next time. Not to be called while one is being written.
     """
     whole = [folder for folder in checkpoint_folders(root) if int(folder.stem) <= step]
-    for folder in whole[keep_last:]:
-        if not (keep_interval and int(folder.stem) % keep_interval == 0):
+    old = [f for f in whole[keep_last:] if not (keep_interval and int(f.stem) % keep_interval == 0)]
+    for folder in [*old, *root.glob(".*.ckpt.tmp")]:
+        try:
             shutil.rmtree(folder)
-    for folder in root.glob(".*.ckpt.tmp"):
-        shutil.rmtree(folder)
+        except OSError as error:
+            logging.warning("%s could not be removed, training goes on: %s", folder, error)
 
 
 # --- Starting from other weights --------------------------------------------------------------------------------------
 
 
-def adapt_weights(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def adapt_weights(
+    model: nn.Module, state: dict[str, Tensor], grids: Sequence[tuple[int, int]] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """Make weights of another resolution or class count fit: (state dict, what was done, a line each).
 
     Position tables are interpolated (bicubic) to the model's grids; class embeddings of another count are left as the
     model has initialised them. Everything else must fit as it is.
+
+    Args:
+        grids: (height, width) of the branches' position tables in `state`; without them those of as many cells as the
+            model's are taken as they are, and others as `grid_of` guesses.
     """
     state, own, notes = dict(to_own_names(state, model)), model.state_dict(), []
     for r, stage in enumerate(model.stages):
         name = f"stages.{r}.pos_embed.weight"
         table, grid = state.get(name), (stage.spec.max_height, stage.spec.max_width)
-        if table is not None and table.shape[0] != own[name].shape[0] and table.shape[1] == own[name].shape[1]:
-            old = grid_of(table.shape[0], grid)
+        if table is None or table.shape[1] != own[name].shape[1]:
+            old = grid  # nothing to interpolate
+        elif r < len(grids):
+            old = grids[r]
+        else:
+            old = grid if len(table) == len(own[name]) else grid_of(len(table), grid)
+        if old != grid:
             image = rearrange(table.float(), "(h w) D -> 1 D h w", h=old[0])
             image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
             state[name] = rearrange(image, "1 D h w -> (h w) D").to(table.dtype)

@@ -26,9 +26,20 @@ def read_png(path: Path) -> Tensor:
         return pil_to_tensor(image.convert("RGB"))
 
 
-def save_strip(folder: Path, columns: int, most: int = 20) -> None:
-    """strip.png from the grids <step>.png of a folder: a column per grid, its first sample of each class, by step."""
-    grids = sorted((p for p in folder.glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture file, of which only the head is read."""
+    with Image.open(path) as image:
+        return image.size
+
+
+def save_strip(newest: Path, columns: int, most: int = 20) -> None:
+    """strip.png beside a grid <step>.png: a column per grid there, its first sample of each class, by step.
+
+    Grids of another size than the newest are left out: they were made with other numbers of classes or samples.
+    """
+    folder, size = newest.parent, picture_size(newest)
+    grids = [p for p in folder.glob("*.png") if p.stem.isdigit() and picture_size(p) == size]
+    grids.sort(key=lambda p: int(p.stem))
     chosen = [grids[i] for i in sorted({round(k * (len(grids) - 1) / (most - 1)) for k in range(most)})]
     strips = []
     for path in chosen:

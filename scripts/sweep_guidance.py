@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import eval as evaluation
 import utils
-from libs.adm_suite import SampledImages, open_reference, score_sets
+from libs.adm_suite import PlannedImages, SampledImages, open_reference, score_sets
 from libs.files import file_digest, replacing
 from libs.report import NAMES
 from libs.sample_set import RANGE
@@ -131,7 +131,8 @@ Scorer = AdmScorer | DigitsScorer
 def choose_scorer(reference: str | None, digits: str, config: ml_collections.ConfigDict) -> Scorer:
     """ADM's suite where it is asked for or possible, else the digits'. Raises ValueError, OSError."""
     size = utils.image_size(config, utils.open_autoencoder(config, "cpu"))
-    if scoring := utils.open_scoring(reference or config.fid_stat, reference is not None, size):
+    planned = PlannedImages(config.sample.n_samples, size, "config.sample.n_samples")
+    if scoring := utils.open_scoring(reference or config.fid_stat, reference is not None, planned):
         return AdmScorer(scoring[0].path, scoring[1])
     if not Path(digits).is_dir():
         raise ValueError(

@@ -15,8 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, overrides, run
+from PIL import Image
 from test_train import assert_same_checkpoint, losses
 
 import train as training
@@ -207,6 +209,18 @@ def test_pictures_are_whole_or_not_there(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["grid_classes", "grid_per_class"])
+def test_the_grid_may_change_within_a_run(tiny_config, tmp_path, name):
+    """Its film strip goes on with the grids of the new size."""
+    tiny_config.train.update(n_steps=2, eval_interval=2, save_interval=2, grid_classes=2, grid_per_class=2)
+    training.train(tiny_config, tmp_path)
+    tiny_config.train.update({"n_steps": 6, name: 3})
+    training.train(tiny_config, tmp_path)
+    width, height = Image.open(tmp_path / "samples" / "strip.png").size
+    # columns of 16x16 samples, of steps 4 and 6, with 2 pixels of padding
+    assert (width, height) == (2 * 18, 18 * tiny_config.train.grid_classes + 2)
+
+
 def test_pickle_to_start_from_is_refused_in_one_line(tiny_config, tmp_path):
     class Harmful:
         def __reduce__(self):
@@ -289,6 +303,30 @@ def test_starting_from_weights_of_another_size(tiny_config, tmp_path, tiny_autoe
         training.start_from(nnet, tiny_config)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((8, 8), (4, 16)), ((4, 16), (16, 16)), ((4, 8), (4, 16)), ((8, 8), (8, 8))],
+    ids=["as many cells", "square count, not square", "neither square nor alike", "the same"],
+)
+def test_position_tables_are_read_as_the_grid_saved_with_them(tiny_config, tmp_path, old, new):
+    """A table whose cells hold their row and column, which interpolation keeps but for the ends of the grid."""
+    tiny_config.z_shape = (4, *old)
+    source = training.utils.build_network(tiny_config)
+    rows, columns = torch.meshgrid(*(torch.linspace(0, 1, n) for n in old), indexing="ij")
+    table = source.stages[1].pos_embed.weight.data
+    table[:, :2] = torch.stack([rows, columns], dim=-1).flatten(0, 1)
+    metadata = {checkpoint.CONFIG_KEY: json.dumps(utils.config_json(tiny_config))}
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors", metadata)
+    tiny_config.z_shape = (4, *new)
+    tiny_config.init.path = str(tmp_path / "weights.safetensors")
+    nnet = training.utils.build_network(tiny_config)
+    training.start_from(nnet, tiny_config)
+    found = nnet.stages[1].pos_embed.weight.data[:, :2].unflatten(0, new)
+    expected = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in new), indexing="ij"), dim=-1)
+    assert (found - expected).abs().max() < 0.15
+    assert torch.equal(nnet.stages[1].pos_embed.weight, table) == (old == new)
+
+
 def test_frozen_parts_stay_as_they_are(tiny_config, tmp_path):
     tiny_config.init.freeze = (r"^stages\.0",)
     tiny_config.train.n_steps = 3
@@ -300,6 +338,25 @@ def test_frozen_parts_stay_as_they_are(tiny_config, tmp_path):
         if name.startswith("stages.0"):
             assert torch.equal(tensor, initial[name]), name
     assert not torch.equal(tensors["nnet.safetensors"]["stages.1.skips.0.weight"], initial["stages.1.skips.0.weight"])
+
+
+@pytest.mark.parametrize("frozen_first", [True, False])
+def test_what_is_frozen_may_change_within_a_run(tiny_config, tmp_path, frozen_first):
+    """Moments of what is trained no more are left out; what is trained from now on begins with none."""
+    pattern, frozen, tiny_config.train.save_interval = (r"^stages\.0",), "exp_avg/stages.0.skips.0.weight", 3
+    tiny_config.init.freeze = pattern if frozen_first else ()
+    tiny_config.train.n_steps = 3
+    training.train(tiny_config, tmp_path)
+    tiny_config.init.freeze = () if frozen_first else pattern
+    tiny_config.train.n_steps, tiny_config.resume_changes = 6, ("init.freeze",)
+    training.train(tiny_config, tmp_path)
+    (_, first), (_, last) = (checkpoint.read_checkpoint(tmp_path / "ckpts" / f"{step}.ckpt") for step in (3, 6))
+    assert (frozen in first["optimizer.safetensors"]) == (not frozen_first)
+    assert (frozen in last["optimizer.safetensors"]) == frozen_first
+    name = "stages.0.skips.0.weight"
+    assert torch.equal(first["nnet.safetensors"][name], last["nnet.safetensors"][name]) == (not frozen_first)
+    counts = [last["optimizer.safetensors"].get(f"step/{n}") for n in (name, "stages.1.skips.0.weight")]
+    assert counts == ([3, 6] if frozen_first else [None, 6])
 
 
 def test_power_function_average_has_its_profile():
@@ -375,6 +432,22 @@ def test_pruning_never_trades_a_whole_checkpoint_for_a_damaged_one(tmp_path):
         (tmp_path / f"{step}.ckpt").mkdir()
     checkpoint.prune_checkpoints(tmp_path, step=90, keep_last=1, keep_interval=0)  # 100 was passed over
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["100.ckpt", "90.ckpt"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_kept(tiny_config, tmp_path, monkeypatch, caplog):
+    """As on NFS, while another program reads it; the others go, and training goes on."""
+    remove = shutil.rmtree
+
+    def refused(path, ignore_errors=False, **kwargs):
+        if Path(path).name == "1.ckpt" and not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        remove(path, ignore_errors, **kwargs)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refused)
+    tiny_config.train.update(n_steps=3, save_interval=1, keep_last=1)
+    training.train(tiny_config, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["1.ckpt", "3.ckpt"]
+    assert "1.ckpt could not be removed, training goes on: [Errno 16] Device or resource busy" in caplog.text
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_begun(tiny_config, tmp_path):

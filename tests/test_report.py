@@ -17,7 +17,7 @@ from img2npz import img2npz
 from libs import adm_suite
 from libs.adm_suite import NpzImages, Reference, Scores, open_reference
 from libs.files import file_digest
-from libs.inception import find_inception
+from libs.inception import WEIGHTS, find_inception
 from libs.report import PUBLISHED, nearest_published, pick, published_for, usual_mistakes, write_report
 from scripts import evaluate_npz, sweep_guidance
 from scripts.sweep_guidance import Setting, settings_of
@@ -213,12 +213,13 @@ def test_scores_while_training(tiny_config, inception_assets, tmp_path, monkeypa
     assert [(line["step"], line["fid"] > 0) for line in lines if "fid" in line] == [(2, True)]
     assert not list((tmp_path / "run" / "fid").iterdir())
     np.savez(tiny_config.fid_stat, np.zeros((4, 8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"reference.npz are 8x8, those to be scored 16x16"):
+    tiny_config.train.fid_samples = 4
+    with pytest.raises(ValueError, match=r"fid_samples is 16x16 but the images of .*reference.npz are 8x8"):
         training.train(tiny_config, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
-def test_what_scoring_lacks_is_said_before_sampling(tiny_config, weights, tmp_path, monkeypatch):
+def test_what_scoring_lacks_is_said_before_sampling(tiny_config, weights, inception_assets, tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "ROOT", tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     reference = tmp_path / "reference.npz"
@@ -227,10 +228,37 @@ def test_what_scoring_lacks_is_said_before_sampling(tiny_config, weights, tmp_pa
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(FileNotFoundError, match="no Inception weights"):
         evaluation.evaluate(tiny_config, str(weights), tmp_path / "images", str(reference))
+    cut = tmp_path / "assets" / "inception" / WEIGHTS
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes((inception_assets / "inception" / WEIGHTS).read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="does not hold pytorch-fid's Inception weights"):
+        evaluation.evaluate(tiny_config, str(weights), tmp_path / "images", str(reference))
+    tiny_config.train.update(n_steps=2, fid_interval=2)
+    tiny_config.fid_stat = str(reference)
+    with pytest.raises(ValueError, match="does not hold pytorch-fid's Inception weights"):
+        training.train(tiny_config, tmp_path / "images")
+    cut.unlink()
+    assert not (tmp_path / "images").exists()
+    evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")  # not asked for: said and left out
+    assert len(list((tmp_path / "images").glob("*.png"))) == 12
+
+
+def test_too_few_images_to_score_are_said_before_sampling(
+    tiny_config, weights, inception_assets, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, np.zeros((4, 16, 16, 3), np.uint8))
+    tiny_config.sample.n_samples = 3
+    with pytest.raises(ValueError, match=r"config\.sample\.n_samples: expected at least 4 images; found 3"):
+        evaluation.evaluate(tiny_config, str(weights), tmp_path / "images", str(reference))
     assert not (tmp_path / "images").exists()
     tiny_config.fid_stat = str(reference)
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")  # not asked for: said and left out
-    assert len(list((tmp_path / "images").glob("*.png"))) == 12
+    assert "no scores: config.sample.n_samples is 3, less than 4" in caplog.text
+    tiny_config.train.update(n_steps=1, fid_interval=1, fid_samples=3)
+    training.train(tiny_config, tmp_path / "run")
+    assert "no scores: config.train.fid_samples is 3, less than 4" in caplog.text
 
 
 class Ink:

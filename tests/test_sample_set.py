@@ -125,7 +125,6 @@ def test_parts_make_the_whole_in_index_order(tmp_path, outputs):
         assert np.array_equal(npz["arr_0"], all_images())
     if len(folders) > 1:
         assert [int(line) for line in (tmp_path / "out_class_lab.txt").read_text().split()] == LABELS
-    assert img2npz(folders, out)[1] is None  # kept
 
 
 def test_batches_of_any_size_and_part(tmp_path):
