@@ -264,9 +264,10 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     # gradient), and needs no more than mixed precision around it: what accelerate calls evaluation mode.
     wrapped = accelerator.prepare_model(nnet, device_placement=False, evaluation_mode=settings.sharded)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
+    lock = None
     if main:
         workdir.mkdir(parents=True, exist_ok=True)
-        run_record.become_only_writer(workdir)
+        lock = run_record.become_only_writer(workdir)
         (workdir / REQUEUE_FILE).unlink(missing_ok=True)
         (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
         log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
@@ -382,6 +383,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     # The wrapped model and what refers to it go before the processes part (see utils.finish).
     del nnet, wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample
     del sampled_network
+    if lock is not None:
+        lock.close()
     utils.finish(accelerator)
     return status
 

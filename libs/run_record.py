@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from absl import logging
@@ -84,16 +85,13 @@ def check_same_everywhere(settings: dict) -> None:
             raise ValueError(f"processes 0 and {process} were started differently ({found}): give all the same command")
 
 
-LOCKS = []  # open files: closing one would end its lock
-
-
-def become_only_writer(workdir: Path) -> None:
-    """Lock a work folder for as long as this process lives.
+def become_only_writer(workdir: Path) -> IO:
+    """Lock a work folder until the file returned is closed or the process ends.
 
     Raises:
         ValueError: another process writes into it.
     """
-    file = open(workdir / ".lock", "w")  # noqa: SIM115 (see LOCKS)
+    file = open(workdir / ".lock", "w")  # noqa: SIM115 (closing it ends the lock)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -102,7 +100,7 @@ def become_only_writer(workdir: Path) -> None:
         ) from None
     except OSError as error:  # a file system without locks
         logging.warning("%s cannot be locked (%s): let no other training write into it", workdir, error)
-    LOCKS.append(file)
+    return file
 
 
 @functools.cache

@@ -102,6 +102,9 @@ def test_a_work_folder_has_one_writer(tiny_config, tmp_path):
     process.communicate()
     tiny_config.train.n_steps = 2
     assert training.train(tiny_config, tmp_path) == 0
+    tiny_config.train.n_steps = 3
+    done = run("train.py", *overrides(tiny_config), f"--workdir={tmp_path}")  # this process lives on, its run has ended
+    assert done.returncode == 0, done.stderr
 
 
 def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch):
