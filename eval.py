@@ -157,7 +157,7 @@ def sample_set(
     labels: Sequence[int],
     accelerator: accelerate.Accelerator,
 ) -> None:
-    """Make those of the images `indices` that `folder` lacks, this process's share of them.
+    """Make those of the images `indices` that `folder` lacks, this process's share of them, and wait for the others'.
 
     A batch with a missing image is made whole, so that its arithmetic is the same, and only what is missing is written.
     The last one is filled up, so that all have one size and nothing is compiled for another.
@@ -179,7 +179,7 @@ def sample_set(
         dynamic_ncols=True,
         smoothing=0.05,
     )
-    with SetWriter(folder) as writer:
+    with failing_together(accelerator), SetWriter(folder) as writer:
         for start in range(0, len(batches), n_processes):
             together = batches[start : start + n_processes]  # one for each process
             if process < len(together):
@@ -224,9 +224,9 @@ def sample_and_score(
     n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
     indices = range(n_samples) if indices is None else indices
     labels = [balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
-    if accelerator.is_main_process:
-        begin_set(folder, indices, labels, settings)
-    accelerator.wait_for_everyone()  # no process writes before the folder is ready
+    with failing_together(accelerator):  # no process writes before the folder is ready
+        if accelerator.is_main_process:
+            begin_set(folder, indices, labels, settings)
     sample = utils.make_sampler(
         config,
         nnet,
@@ -239,7 +239,6 @@ def sample_and_score(
     )
     started = time.perf_counter()
     sample_set(sample, config, folder, indices, labels, accelerator)
-    accelerator.wait_for_everyone()  # all images are there
     logging.info(
         "%s and their labels are in %s, after %.0f seconds", span(indices), folder, time.perf_counter() - started
     )

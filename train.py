@@ -424,7 +424,7 @@ def fid_of_samples(
     weaker: nn.Module | None,
 ) -> float | None:
     """FID of config.train.fid_samples images, by the code of eval.py; the images are removed. None but on the main
-    process."""
+    process, and where it failed, which is logged."""
     config = ml_collections.ConfigDict(config)
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
     config.sample.output = "png"
@@ -437,10 +437,14 @@ def fid_of_samples(
             logging.error("no FID at this step, training goes on: no room for its images in %s", folder)
     if not broadcast_object_list([enough])[0]:
         return None
-    scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker)
+    scores = None
+    try:
+        scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker)
+    except (ValueError, OSError) as error:  # on all processes, or on the main one after all that they do together
+        logging.error("no FID at this step, training goes on: %s", error)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return scores.values["fid"] if scores else None
 
 
