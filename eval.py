@@ -33,7 +33,8 @@ import utils
 from libs.adm_suite import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
-from libs.files import file_digest, replacing
+from libs.files import file_digest, naming_the_way_out, replacing
+from libs.interrupt import failing_together
 from libs.report import NAMES, write_report
 from libs.sample_set import (
     LABELS_FILE,
@@ -132,7 +133,7 @@ def begin_set(folder: Path, indices: range, labels: Sequence[int], settings: dic
     if settings is not None:
         texts = {SETTINGS_FILE: json.dumps(settings, indent=1), **texts}
     for name, text in texts.items():
-        with replacing(folder / name) as file:
+        with replacing(folder / name, "give another folder") as file:
             file.write(text.encode())
 
 
@@ -335,8 +336,10 @@ def evaluate(
     scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, planned)
     settings = sampling_settings(config, weights, files["weaker"], autoencoder, accelerator.mixed_precision)
     settings[RANGE] = [chosen.start, chosen.stop]
-    check_same_settings(folder, settings)
-    accelerator.wait_for_everyone()  # every process has looked before one writes
+    with naming_the_way_out(folder, "set --IMGsave_path"):
+        check_same_settings(folder, settings)
+        accelerator.wait_for_everyone()  # every process has looked before one writes
+        folder.mkdir(parents=True, exist_ok=True)
     logging.info("%s: %s, guidance scale %g", weights, span(chosen), config.sample.scale)
     scores = sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker, chosen, settings)
     if scores:

@@ -33,8 +33,9 @@ from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
+from libs.files import naming_the_way_out
 from libs.images import ImageDataset
-from libs.interrupt import REQUEUE_STATUS, StopRequest
+from libs.interrupt import REQUEUE_STATUS, StopRequest, failing_together
 from libs.latents import LatentStore
 from libs.optim import clip_or_skip, make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
@@ -264,12 +265,14 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     # gradient), and needs no more than mixed precision around it: what accelerate calls evaluation mode.
     wrapped = accelerator.prepare_model(nnet, device_placement=False, evaluation_mode=settings.sharded)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
+    with failing_together(accelerator), naming_the_way_out(workdir, "set --workdir"):
+        if main:
+            workdir.mkdir(parents=True, exist_ok=True)
+            run_record.become_only_writer(workdir)
+            (workdir / REQUEUE_FILE).unlink(missing_ok=True)
+            (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
+            log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
     if main:
-        workdir.mkdir(parents=True, exist_ok=True)
-        run_record.become_only_writer(workdir)
-        (workdir / REQUEUE_FILE).unlink(missing_ok=True)
-        (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
-        log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
         describe_run(config, workdir, nnet, averages, accelerator, len(dataset), batches.steps_per_epoch)
     accelerator.init_trackers(
         config.wandb.project if config.wandb.mode != "disabled" else "tensorboard",

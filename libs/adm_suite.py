@@ -185,7 +185,7 @@ def keep_features(path: str | Path, features: "SetFeatures", size: tuple[int, in
     """
     (mu, sigma), (mu_s, sigma_s) = features.gaussians().values()
     arrays = {"pool": features.pool.numpy(), "logits": features.logits.numpy(), "mu": mu, "sigma": sigma}
-    with replacing(path) as file:
+    with replacing(path, "set --keep") as file:
         np.savez(file, **arrays, mu_s=mu_s, sigma_s=sigma_s, size=np.array(size), inception=np.array(inception))
 
 

@@ -120,5 +120,9 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
         done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--grid", tmp_path / "grid.png")
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
         assert message in done.stderr and not (tmp_path / "grid.png").exists()
+    (tmp_path / "file").write_text("")
+    for path, message in ((tmp_path / "file" / "x" / "grid.png", "or set --grid"), (tmp_path, "is a folder")):
+        with pytest.raises((ValueError, OSError), match=message):
+            sample.save(lambda: pytest.fail("drawn"), path)  # told before anything is sampled
     with pytest.raises(ValueError, match="--steps must be numbers with commas between; found '1;2'"):
         sample.numbers("1;2", int, "--steps")
