@@ -33,7 +33,8 @@ import utils
 from libs.adm_suite import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
-from libs.files import file_digest, replacing
+from libs.files import file_digest, naming_the_way_out, replacing
+from libs.interrupt import failing_together
 from libs.report import NAMES, write_report
 from libs.sample_set import (
     LABELS_FILE,
@@ -132,7 +133,7 @@ def begin_set(folder: Path, indices: range, labels: Sequence[int], settings: dic
     if settings is not None:
         texts = {SETTINGS_FILE: json.dumps(settings, indent=1), **texts}
     for name, text in texts.items():
-        with replacing(folder / name) as file:
+        with replacing(folder / name, "give another folder") as file:
             file.write(text.encode())
 
 
@@ -157,7 +158,7 @@ def sample_set(
     labels: Sequence[int],
     accelerator: accelerate.Accelerator,
 ) -> None:
-    """Make those of the images `indices` that `folder` lacks, this process's share of them.
+    """Make those of the images `indices` that `folder` lacks, this process's share of them, and wait for the others'.
 
     A batch with a missing image is made whole, so that its arithmetic is the same, and only what is missing is written.
     The last one is filled up, so that all have one size and nothing is compiled for another.
@@ -179,7 +180,7 @@ def sample_set(
         dynamic_ncols=True,
         smoothing=0.05,
     )
-    with SetWriter(folder) as writer:
+    with failing_together(accelerator), SetWriter(folder) as writer:
         for start in range(0, len(batches), n_processes):
             together = batches[start : start + n_processes]  # one for each process
             if process < len(together):
@@ -224,9 +225,9 @@ def sample_and_score(
     n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
     indices = range(n_samples) if indices is None else indices
     labels = [balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
-    if accelerator.is_main_process:
-        begin_set(folder, indices, labels, settings)
-    accelerator.wait_for_everyone()  # no process writes before the folder is ready
+    with failing_together(accelerator):  # no process writes before the folder is ready
+        if accelerator.is_main_process:
+            begin_set(folder, indices, labels, settings)
     sample = utils.make_sampler(
         config,
         nnet,
@@ -239,7 +240,6 @@ def sample_and_score(
     )
     started = time.perf_counter()
     sample_set(sample, config, folder, indices, labels, accelerator)
-    accelerator.wait_for_everyone()  # all images are there
     logging.info(
         "%s and their labels are in %s, after %.0f seconds", span(indices), folder, time.perf_counter() - started
     )
@@ -336,8 +336,10 @@ def evaluate(
     scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, planned)
     settings = sampling_settings(config, weights, files["weaker"], autoencoder, accelerator.mixed_precision)
     settings[RANGE] = [chosen.start, chosen.stop]
-    check_same_settings(folder, settings)
-    accelerator.wait_for_everyone()  # every process has looked before one writes
+    with naming_the_way_out(folder, "set --IMGsave_path"):
+        check_same_settings(folder, settings)
+        accelerator.wait_for_everyone()  # every process has looked before one writes
+        folder.mkdir(parents=True, exist_ok=True)
     logging.info("%s: %s, guidance scale %g", weights, span(chosen), config.sample.scale)
     scores = sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker, chosen, settings)
     if scores:

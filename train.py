@@ -33,8 +33,9 @@ from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
+from libs.files import naming_the_way_out
 from libs.images import ImageDataset
-from libs.interrupt import REQUEUE_STATUS, StopRequest
+from libs.interrupt import REQUEUE_STATUS, StopRequest, failing_together
 from libs.latents import LatentStore
 from libs.optim import clip_or_skip, make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
@@ -265,12 +266,14 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     wrapped = accelerator.prepare_model(nnet, device_placement=False, evaluation_mode=settings.sharded)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
     lock = None
+    with failing_together(accelerator), naming_the_way_out(workdir, "set --workdir"):
+        if main:
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = run_record.become_only_writer(workdir)
+            (workdir / REQUEUE_FILE).unlink(missing_ok=True)
+            (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
+            log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
     if main:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = run_record.become_only_writer(workdir)
-        (workdir / REQUEUE_FILE).unlink(missing_ok=True)
-        (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
-        log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
         describe_run(config, workdir, nnet, averages, accelerator, len(dataset), batches.steps_per_epoch)
     accelerator.init_trackers(
         config.wandb.project if config.wandb.mode != "disabled" else "tensorboard",
@@ -427,7 +430,7 @@ def fid_of_samples(
     weaker: nn.Module | None,
 ) -> float | None:
     """FID of config.train.fid_samples images, by the code of eval.py; the images are removed. None but on the main
-    process."""
+    process, and where it failed, which is logged."""
     config = ml_collections.ConfigDict(config)
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
     config.sample.output = "png"
@@ -440,10 +443,14 @@ def fid_of_samples(
             logging.error("no FID at this step, training goes on: no room for its images in %s", folder)
     if not broadcast_object_list([enough])[0]:
         return None
-    scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker)
+    scores = None
+    try:
+        scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker)
+    except (ValueError, OSError) as error:  # on all processes, or on the main one after all that they do together
+        logging.error("no FID at this step, training goes on: %s", error)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return scores.values["fid"] if scores else None
 
 

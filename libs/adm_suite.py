@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from libs.files import file_digest, read_npy_header, replacing
 from libs.inception import CLASSES, POOL, SPATIAL, AdmInception, load_adm_inception
+from libs.interrupt import failing_together
 from libs.metrics import (
     GaussianStatistics,
     frechet_distance,
@@ -184,7 +185,7 @@ def keep_features(path: str | Path, features: "SetFeatures", size: tuple[int, in
     """
     (mu, sigma), (mu_s, sigma_s) = features.gaussians().values()
     arrays = {"pool": features.pool.numpy(), "logits": features.logits.numpy(), "mu": mu, "sigma": sigma}
-    with replacing(path) as file:
+    with replacing(path, "set --keep") as file:
         np.savez(file, **arrays, mu_s=mu_s, sigma_s=sigma_s, size=np.array(size), inception=np.array(inception))
 
 
@@ -304,7 +305,10 @@ def features_of(
         unit="batch",
         disable=not state.is_main_process,
     )
-    part = extract_features(network(), batches, images.name) if end > first else None
+    part = None
+    with failing_together(state):
+        if end > first:
+            part = extract_features(network(), batches, images.name)
     if state.num_processes == 1:
         return part
     parts = gather_object([part])

@@ -13,14 +13,14 @@ import numpy as np
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, way_out: str = "set --out") -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only once it is whole and on the disk.
 
-    On any error the temporary file is removed and whatever was at `path` stays. OSErrors name `path`.
+    On any error the temporary file is removed and whatever was at `path` stays. OSErrors name `path` and `way_out`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with naming_the_way_out(path):
+    with naming_the_way_out(path, way_out):
         try:
             with open(temporary, "xb") as file:
                 yield file
@@ -42,7 +42,7 @@ def flush_to_disk(path: str | Path) -> None:
 
 
 @contextmanager
-def naming_the_way_out(path: str | Path) -> Iterator[None]:
+def naming_the_way_out(path: str | Path, way_out: str = "set --out") -> Iterator[None]:
     """Gives an OSError of the block the path and the way out, once."""
     try:
         yield
@@ -50,7 +50,7 @@ def naming_the_way_out(path: str | Path) -> Iterator[None]:
         if error.errno is None:  # named already
             raise
         raise OSError(
-            f"Cannot write {path}: {error.strerror}. Free space or permissions there, or set --out"
+            f"Cannot write {path}: {error.strerror}. Free space or permissions there, or {way_out}"
         ) from error
 
 

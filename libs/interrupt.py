@@ -1,13 +1,17 @@
-"""Stopping a run in time: signals that ask for it, agreed on by all processes at the same step."""
+"""Stopping together: signals that ask for it, agreed on by all processes at the same step, and errors of one."""
 
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 
 TIMEOUT = timedelta(hours=2)  # of a collective operation: the main process may write or sample for long
 REQUEUE_STATUS = 75  # "temporary failure, try again" (EX_TEMPFAIL of sysexits.h)
@@ -63,6 +67,23 @@ class StopRequest:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.group = None
+
+
+@contextmanager
+def failing_together(state: Accelerator | PartialState) -> Iterator[None]:
+    """A block of all processes, without collective calls, whose ValueError or OSError in one is raised by all of them.
+
+    All have left the block when one goes on. Else one that failed would leave the others waiting for it.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as own:
+        error = own
+    errors = gather_object([error]) if state.num_processes > 1 else [error]
+    for found in [error, *errors]:  # its own first, which has a stack trace
+        if found is not None:
+            raise found
 
 
 def started_by_launcher() -> bool:

@@ -177,12 +177,12 @@ def write_report(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "code": code_version(),
     }
-    with replacing(folder / "metrics.json") as file:
+    with replacing(folder / "metrics.json", "give another folder") as file:
         file.write(json.dumps(report, indent=1).encode())
     pictures = pick(samples, N_PICTURES)
     if pictures:
         save_grid(torch.stack(pictures), folder / "samples.png", COLUMNS)
-    with replacing(folder / "report.md") as file:
+    with replacing(folder / "report.md", "give another folder") as file:
         file.write(as_markdown(report, own, bool(pictures)).encode())
     return report
 

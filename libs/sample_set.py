@@ -87,7 +87,7 @@ def write_png(image: np.ndarray, path: Path) -> None:
 
 def write_shard(images: np.ndarray, labels: Sequence[int], path: Path) -> None:
     """Write uint8 images (n, H, W, 3) and their labels (n,) so that the shard is whole or not there."""
-    with replacing(path) as file:
+    with replacing(path, "give another folder") as file:
         np.savez(file, arr_0=images, labels=np.asarray(labels, np.int64))
 
 

@@ -19,8 +19,8 @@ finest is the one sampled with.
 import argparse
 import itertools
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import ml_collections
@@ -39,7 +39,7 @@ import utils
 from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label, class_names
 from libs.errors import errors_in_one_line
-from libs.files import replacing
+from libs.files import naming_the_way_out, replacing
 from libs.pictures import to_uint8
 from libs.randomness import SampleNoise
 
@@ -238,9 +238,14 @@ def broken(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
-def save(sheet: Image.Image, path: Path) -> None:
-    with replacing(path) as file:
-        sheet.save(file, format="png")
+def save(draw: Callable[[], Image.Image], path: Path) -> None:
+    """Draw a picture into a file. Raises OSError, before it is drawn, where the file cannot be written."""
+    with naming_the_way_out(path, "set --grid"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--grid should be the picture to write; {path} is a folder")
+    with replacing(path, "set --grid") as file:
+        draw().save(file, format="png")
 
 
 def sample_grid(
@@ -344,16 +349,14 @@ def main() -> None:
         labels = [class_label(word, model.names) for word in words]
         for scale, n_steps in itertools.product(scales, steps):
             model.with_settings(arguments.seed, scale, n_steps)  # a bad one is told before any is made
-        arguments.grid.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=arguments.grid.parent):  # nor is anything made for a folder that takes no file
-            pass
-        save(sample_grid(model, labels, arguments.per_class, arguments.seed, scales, steps, columns), arguments.grid)
+        grid = partial(sample_grid, model, labels, arguments.per_class, arguments.seed, scales, steps, columns)
+        save(grid, arguments.grid)
         print(arguments.grid)
         if arguments.trajectory:
             path = arguments.grid.with_name(f"{arguments.grid.stem}_trajectory.png")
             config = model.with_settings(arguments.seed, scales[0], steps[0])
             indices = [k * arguments.per_class for k in range(len(labels))]  # the first sample of each class
-            save(trajectory_sheet(model, config, labels, indices), path)
+            save(partial(trajectory_sheet, model, config, labels, indices), path)
             print(path)
 
 

@@ -127,6 +127,18 @@ def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch)
     assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["2.ckpt", "6.ckpt"]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("place", ["file", "file/x", "/proc/nope/x"])
+def test_a_work_folder_that_cannot_be_written_ends_all_processes_in_one_line(tiny_config, tmp_path, place, processes):
+    (tmp_path / "file").write_text("")
+    place = tmp_path / place
+    done = run("train.py", *overrides(tiny_config), f"--workdir={place}", processes=processes)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert errors[0].startswith(f"error: Cannot write {place}: ") and errors[0].endswith("or set --workdir")
+    assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
+
+
 def test_not_finite_updates_are_skipped_and_counted(tiny_config, tmp_path, monkeypatch):
     read, calls = LatentStore.read, []
 

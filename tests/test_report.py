@@ -219,6 +219,51 @@ def test_scores_while_training(tiny_config, inception_assets, tmp_path, monkeypa
     assert not (tmp_path / "other").exists()
 
 
+def test_a_failed_fid_does_not_end_the_training(tiny_config, inception_assets, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
+    tiny_config.fid_stat = str(tmp_path / "reference.npz")
+    np.savez(tiny_config.fid_stat, mu=np.zeros(2048), sigma=np.eye(2048))
+    tiny_config.train.update(n_steps=2, fid_interval=1, fid_samples=3)
+
+    def damaged(*args):
+        raise ValueError("the weights are damaged by now")
+
+    monkeypatch.setattr(adm_suite, "load_adm_inception", damaged)
+    assert training.train(tiny_config, tmp_path / "run") == 0
+    assert caplog.text.count("no FID at this step, training goes on: the weights are damaged by now") == 2
+    assert not list((tmp_path / "run" / "fid").iterdir())
+
+
+FULL_ON_ONE = """
+import os, sys
+sys.path.insert(0, ".")
+import train
+from libs.sample_set import SetWriter
+
+def full(*args):
+    raise OSError(28, "No space left on device", "0.png")
+
+if os.environ["RANK"] == "1":
+    SetWriter.put = full
+train.utils.define_config_flag("")
+train.flags.DEFINE_string("workdir", None, "")
+train.utils.run(train.main)
+"""
+
+
+def test_a_fid_that_failed_on_one_of_two_processes_is_left_out_by_both(tiny_config, inception_assets, tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "checkpoints").symlink_to(inception_assets / "inception")
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (tmp_path / "full.py").write_text(FULL_ON_ONE)
+    tiny_config.train.update(n_steps=2, fid_interval=1, fid_samples=12, eval_interval=10)
+    flags = [*overrides(tiny_config), f"--config.fid_stat={tmp_path / 'reference.npz'}", f"--workdir={tmp_path / 'w'}"]
+    done = run(tmp_path / "full.py", *flags, processes=2, env={"TORCH_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no FID at this step, training goes on: [Errno 28] No space left on device") == 4
+    assert (tmp_path / "w" / "ckpts" / "2.ckpt").is_dir() and not list((tmp_path / "w" / "fid").iterdir())
+
+
 def test_what_scoring_lacks_is_said_before_sampling(tiny_config, weights, inception_assets, tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "ROOT", tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

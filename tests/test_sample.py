@@ -166,5 +166,8 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
         done = run("scripts/sample.py", "--nnet_path", weights, "--steps", 3, "--grid", path)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
         assert done.stderr.startswith("error: ") and message in done.stderr and not path.is_file()
+    for path, message in ((tmp_path / "file" / "x" / "grid.png", "or set --grid"), (tmp_path, "is a folder")):
+        with pytest.raises((ValueError, OSError), match=message):
+            sample.save(lambda: pytest.fail("drawn"), path)  # told before anything is sampled
     with pytest.raises(ValueError, match="--steps must be numbers with commas between; found '1;2'"):
         sample.numbers("1;2", int, "--steps")
