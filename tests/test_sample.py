@@ -1,5 +1,7 @@
 """The sampling front: eval.py's pixels in a grid, what the branches show, errors in one line."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -148,24 +150,26 @@ def test_the_trajectory_ends_in_the_sample_and_shows_guided_branches(model):
     assert model.guide(eps, 4, 0.5, config.sample) is eps
 
 
-def test_errors_are_one_line_and_write_nothing(weights, tmp_path):
-    for flags, message in (
-        (("--classes", "dog"), "error: no class is called 'dog'"),
-        (("--classes", "1", "--cfg", "0.5"), "error: the guidance scale must be at least 1"),
-        (("--classes", "1", "--nnet_path", "none.safetensors"), "error: no checkpoint at none.safetensors"),
-        (("--seed", "99999999999999999999"), "error: the seed (--seed) must be at least 0 and at most 9"),
-        (("--steps", "1"), "error: the number of steps (--steps) must be at least 3 for dpm_solver; found 1"),
-        (("--classes", "1", "--autoencoder", "none.pth"), "error: No autoencoder at none.pth"),
-        (("--classes", "1", "--config", "configs/digits.py"), "was trained with another config (nnet."),
-    ):
-        done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--grid", tmp_path / "grid.png")
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert message in done.stderr and not (tmp_path / "grid.png").exists()
+def test_errors_are_one_line_and_write_nothing(weights, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    for path, message in ((tmp_path / "o.jpg", "--grid must end in .png"), (tmp_path / "file" / "o.png", "file")):
-        done = run("scripts/sample.py", "--nnet_path", weights, "--steps", 3, "--grid", path)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("error: ") and message in done.stderr and not path.is_file()
+    grid = tmp_path / "grid.png"
+    for flags, path, message in (
+        (("--classes", "dog"), grid, "error: no class is called 'dog'"),
+        (("--classes", "1", "--cfg", "0.5"), grid, "error: the guidance scale must be at least 1"),
+        (("--classes", "1", "--nnet_path", "none.safetensors"), grid, "error: no checkpoint at none.safetensors"),
+        (("--seed", "99999999999999999999"), grid, "error: the seed (--seed) must be at least 0 and at most 9"),
+        (("--steps", "1"), grid, "error: the number of steps (--steps) must be at least 3 for dpm_solver; found 1"),
+        (("--classes", "1", "--autoencoder", "none.pth"), grid, "error: No autoencoder at none.pth"),
+        (("--classes", "1", "--config", "configs/digits.py"), grid, "was trained with another config (nnet."),
+        (("--steps", "3"), tmp_path / "o.jpg", "error: --grid must end in .png"),
+        (("--steps", "3"), tmp_path / "file" / "o.png", "set --grid"),
+    ):
+        words = ["sample.py", "--nnet_path", weights, *flags, "--grid", path]
+        monkeypatch.setattr("sys.argv", [str(word) for word in words])
+        with pytest.raises(SystemExit, match=re.escape(message)) as end:
+            sample.main()
+        assert str(end.value).startswith("error: ") and len(str(end.value).splitlines()) == 1
+        assert not path.is_file()
     for path, message in ((tmp_path / "file" / "x" / "grid.png", "or set --grid"), (tmp_path, "is a folder")):
         with pytest.raises((ValueError, OSError), match=message):
             sample.save(lambda: pytest.fail("drawn"), path)  # told before anything is sampled
