@@ -97,7 +97,6 @@ class DiMRPipeline(DiffusionPipeline):
         trained: {"config": of the run, as JSON values, "step"}, kept with the weights where the pipeline is saved.
     """
 
-    model_cpu_offload_seq = "network->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
 
     def __init__(
@@ -132,7 +131,7 @@ class DiMRPipeline(DiffusionPipeline):
         if self.vae is None:
             return x
         if self.autoencoder is None or self.autoencoder.vae is not self.vae:
-            self.autoencoder = Autoencoder(self.vae)  # has latents' scale and range
+            self.autoencoder = Autoencoder(self.vae, device=self.vae.device)  # has latents' scale and range
         with torch.autocast(x.device.type, enabled=False):
             return self.autoencoder.decode(x.float())
 
@@ -163,7 +162,8 @@ class DiMRPipeline(DiffusionPipeline):
         """Sample one picture per label.
 
         Picture i is that of eval.py with config.seed = `seed` for the index indices[i] and the same label, to the bit
-        where the batch is the same too. `--mixed_precision` there is torch.autocast around a call here.
+        where the batch is the same too and nothing is compiled. `--mixed_precision` there is torch.autocast around a
+        call here.
 
         Args:
             class_labels: numbers or names; the number of classes itself is no class, so that [0] * n are n pictures of
@@ -283,7 +283,8 @@ def check_scheduler(scheduler: SchedulerMixin, schedule: str) -> None:
         if config.get(setting):
             problem = f"{setting} is on, which is for pixels in [-1, 1]"
     if problem:
-        raise ValueError(f"{name} does not fit this network: {problem}; try {name}.from_config(pipe.scheduler.config)")
+        way_out = f"try {name}.from_config(pipe.scheduler.config)" if table is not None else "take another"
+        raise ValueError(f"{name} does not fit this network: {problem}; {way_out}")
 
 
 def takes(function: Callable, name: str) -> bool:

@@ -63,7 +63,9 @@ def main() -> None:
         state = combine(stored, step, arguments.width)
         newest = saved_settings(max(stored)[2])
     metadata = {PROFILE_KEY: f"width {arguments.width:g}, reconstructed", "step": json.dumps(step)}
-    save_file(state, arguments.out, metadata={**metadata, CONFIG_KEY: json.dumps(newest["config"])})
+    if newest is not None:
+        metadata[CONFIG_KEY] = json.dumps(newest["config"])
+    save_file(state, arguments.out, metadata=metadata)
     print(f"{arguments.out}: width {arguments.width:g} at step {step} from {len(stored)} stored averages")
 
 

@@ -198,6 +198,16 @@ def test_another_autoencoder_is_used(pipe):
     assert not torch.equal(pipe([1], output_type="pt").images, before)
 
 
+def test_decoding_leaves_the_autoencoder_on_its_device(pipe, monkeypatch):
+    """On meta, which stands for a GPU; wrapped without saying so, it would be taken to the CPU."""
+    taken_to = []
+    monkeypatch.setattr("libs.pipeline.Autoencoder", lambda vae, device="cpu": taken_to.append(torch.device(device)))
+    pipe.vae = pipe.vae.to("meta")
+    with pytest.raises(AttributeError):
+        pipe.decode(torch.zeros(1, 4, 8, 8))
+    assert taken_to == [torch.device("meta")]
+
+
 def test_a_saved_pipeline_keeps_what_its_weights_were_trained_with(pipe, tiny_config, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     DiMRPipeline.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
