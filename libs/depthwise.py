@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from libs.norms import product_dtype
+
 try:
     from libs import depthwise_kernels as kernels
 except ImportError:  # no triton, which does not exist for every platform; PyTorch's convolution does without
@@ -42,13 +44,15 @@ def depthwise_conv(
     Raises:
         ValueError: an even k, another `kernel`, or features that the Triton kernels do not take.
     """
-    dim, _, k, _ = weight.shape
+    k = weight.shape[-1]
     if kernel not in KERNELS or k % 2 == 0:
         raise ValueError(f"expected an odd kernel and one of {', '.join(KERNELS)}; found {k} and {kernel!r}")
     if kernel == "torch":
-        # Seen as an image, channels-last features are already in the layout that the convolution wants: no copies.
-        y = F.conv2d(rearrange(x, "B h w D -> B D h w"), weight, bias, padding=k // 2, groups=dim)
-        y = rearrange(y, "B D h w -> B h w D")
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            dtype = product_dtype(x)
+            y = image_convolution(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        else:
+            y = as_image_convolution(x, weight, bias)
         return x + y if residual else y
     if x.dtype not in DTYPES:
         raise ValueError(f"the Triton convolution takes float32, bfloat16 and float16; found {x.dtype}")
@@ -63,7 +67,67 @@ def check_triton(setting: str, device: torch.device) -> None:
         raise ValueError(f"{setting} is triton, which needs a CUDA device and triton; found {found}: set it to torch")
 
 
-# --- Operations, as autograd, torch.compile and the counting of operations see them -----------------------------------
+def as_image_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv2d: seen as an image, channels-last features are in the layout that it wants already, so that none is
+    copied. (B, h, w, D) -> (B, h, w, D)."""
+    dim, _, k, _ = weight.shape
+    y = F.conv2d(rearrange(x, "B h w D -> B D h w"), weight, bias, padding=k // 2, groups=dim)
+    return rearrange(y, "B D h w -> B h w D")
+
+
+# --- PyTorch's convolution as one operation ---------------------------------------------------------------------------
+# For compiled training: the compiler of PyTorch 2.14 copies what a depthwise convolution's backward pass reads to a
+# layout that is neither channels-last nor contiguous (counted by benchmarks/passes.py), and PyTorch copies it back. It
+# does not look into these.
+
+
+@torch.library.custom_op("dimr::image_convolution", mutates_args=())
+def image_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`as_image_convolution`."""
+    return as_image_convolution(x.contiguous(), weight, bias).contiguous()
+
+
+@torch.library.custom_op("dimr::image_convolution_gradients", mutates_args=())
+def image_convolution_gradients(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
+    """Gradients of x, the weights and the bias; an empty tensor for those that are not `needed`."""
+    dim, _, k, _ = weight.shape
+    grad, x = (rearrange(a.contiguous(), "B h w D -> B D h w") for a in (grad, x))
+    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        grad, x, weight, [dim], [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], dim, needed
+    )
+    return [
+        rearrange(of_x, "B D h w -> B h w D").contiguous() if needed[0] else x.new_empty(0),
+        of_weight.contiguous() if needed[1] else x.new_empty(0),
+        of_bias if needed[2] else x.new_empty(0),
+    ]
+
+
+@image_convolution.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@image_convolution_gradients.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    return [x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, needed, strict=True)]
+
+
+def keep_image(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def image_gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad)
+    gradients = image_convolution_gradients(grad, *ctx.saved_tensors, needed)
+    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True))
+
+
+image_convolution.register_autograd(image_gradient, setup_context=keep_image)
+
+
+# --- The Triton kernels as operations, as autograd, torch.compile and the counting of operations see them -------------
 
 
 @torch.library.custom_op("dimr::depthwise", mutates_args=())

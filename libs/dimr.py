@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from libs.depthwise import depthwise_conv
-from libs.norms import NORMS, TDLayerNorm
+from libs.norms import NORMS, TDLayerNorm, product_dtype
 
 # What costs most of a block's time and little of its memory: kept by a `keep_products` recomputation.
 PRODUCTS = [
@@ -31,6 +31,7 @@ PRODUCTS = [
     torch.ops.aten.addmm.default,
     torch.ops.aten.convolution.default,
     torch.ops.dimr.depthwise.default,
+    torch.ops.dimr.image_convolution.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -106,7 +107,15 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         z = self.norm(x, t)
-        return self.w2(gated_gelu(self.w0(z), self.w1(z)))
+        if not torch.compiler.is_compiling():
+            return self.w2(gated_gelu(self.w0(z), self.w1(z)))
+        # One product in place of two reads z once, and so does its backward pass. The compiler joins the weights as it
+        # brings them to the precision of the product; eagerly that would be a copy of them.
+        dtype = product_dtype(z)
+        weight, bias = (
+            torch.cat([getattr(layer, name).to(dtype) for layer in (self.w0, self.w1)]) for name in ("weight", "bias")
+        )
+        return self.w2(gated_gelu(*F.linear(z, weight, bias).chunk(2, dim=-1)))
 
 
 class Attention(nn.Module):
@@ -161,6 +170,17 @@ class ConvNeXtBlock(nn.Module):
 BLOCKS: dict[str, type[nn.Module]] = {"TransformerBlock": TransformerBlock, "ConvNeXtBlock": ConvNeXtBlock}
 
 
+class LongSkip(nn.Linear):
+    """The features of two blocks to one: side by side through a Linear. x, skip (B, ..., D) -> (B, ..., D)."""
+
+    def __init__(self, dim: int):
+        super().__init__(2 * dim, dim)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        dtype = product_dtype(x)  # rounded before they are copied side by side: fewer bytes, the same numbers
+        return super().forward(torch.cat([x.to(dtype), skip.to(dtype)], dim=-1))
+
+
 class Upsample(nn.Module):
     """All features of the coarser branch to the width and grid of this one: norm, Linear, pixel shuffle, norm.
 
@@ -175,7 +195,7 @@ class Upsample(nn.Module):
         self.norm_out = TDLayerNorm(dim, exact=True)
 
     def forward(self, features: list[Tensor], t: Tensor) -> Tensor:
-        x = self.proj(self.norm_in(torch.cat(features, dim=-1), t))
+        x = self.proj(self.norm_in.joined(features, t))
         x = rearrange(x, "B h w (a b D) -> B (h a) (w b) D", a=self.ratio, b=self.ratio)
         return self.norm_out(x, t)
 
@@ -222,7 +242,7 @@ class Stage(nn.Module):
             in_dim = (previous.depth + 1) * previous.dim
             self.upsample = Upsample(in_dim, spec.dim, previous.patch_size // spec.patch_size)
         self.blocks = nn.ModuleList(block(spec, norm) for _ in range(spec.depth))
-        self.skips = nn.ModuleList(nn.Linear(2 * spec.dim, spec.dim) for _ in range(spec.depth // 2))
+        self.skips = nn.ModuleList(LongSkip(spec.dim) for _ in range(spec.depth // 2))
         self.head = Head(spec.dim, channels, spec.head_kernel_size)
 
     def positions(self, h: int, w: int) -> Tensor:
@@ -264,7 +284,7 @@ class Stage(nn.Module):
     def unit(self, i: int, z: Tensor, skip: Tensor | None, t: Tensor) -> Tensor:
         """Block i, behind the long skip that enters there."""
         if skip is not None:
-            z = self.skips[i - len(self.blocks) // 2 - 1](torch.cat([z, skip], dim=-1))
+            z = self.skips[i - len(self.blocks) // 2 - 1](z, skip)
         return self.blocks[i](z, t)
 
     def run(self, function: Callable[..., Tensor], *args, again: bool) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import checkpoint
 
 RMS_EPS = 1e-8  # added to the root mean square, not under the root
 LAYER_NORM_EPS = 1e-5  # added to the variance
@@ -66,6 +67,25 @@ def scaled_layer_norm(x: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype
         return ScaledLayerNorm.apply(x, gain, shift, dtype)
     normalised = F.layer_norm(x.to(at_least_float32(x)), x.shape[-1:], eps=LAYER_NORM_EPS)
     return (normalised * gain + shift).to(dtype)
+
+
+def scaled_layer_norm_of_parts(parts: list[Tensor], gain: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scaled_layer_norm` of parts (B, ..., D / n) side by side, without a copy of them side by side.
+
+    For torch.compile: sums and sums of squares are taken where a part is made, and the backward pass needs no more than
+    the parts. Variance is mean square less squared mean, which loses digits where a mean is far larger than the spread.
+    """
+    wide = [part.to(at_least_float32(part)) for part in parts]
+    mean, square = (sum(x.pow(power).mean(dim=-1, keepdim=True) for x in wide) / len(wide) for power in (1, 2))
+    inverse = torch.rsqrt((square - mean.square()).clamp_min(0) + LAYER_NORM_EPS)
+    gains, shifts = gain.chunk(len(parts), dim=-1), shift.chunk(len(parts), dim=-1)
+
+    def normalised(mean: Tensor, inverse: Tensor) -> list[Tensor]:
+        return [((x - mean) * inverse * g + s).to(dtype) for x, g, s in zip(wide, gains, shifts, strict=True)]
+
+    # Or float32 copies of the parts less their mean would be kept for the backward pass, which can compute them again.
+    made = checkpoint(normalised, mean, inverse, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat(made, dim=-1)
 
 
 class ScaledRMS(torch.autograd.Function):
@@ -133,6 +153,14 @@ class TDLayerNorm(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         dtype = at_least_float32(x) if self.exact else product_dtype(x)
         return scaled_layer_norm(x, per_sample(self.weight(t), x), per_sample(self.bias(t), x), dtype)
+
+    def joined(self, parts: list[Tensor], t: Tensor) -> Tensor:
+        """The norm of parts side by side: n parts (B, ..., D / n), t (B,) -> (B, ..., D)."""
+        x = parts[0]
+        if not torch.compiler.is_compiling():
+            return self(torch.cat(parts, dim=-1), t)
+        gain, shift = per_sample(self.weight(t), x), per_sample(self.bias(t), x)
+        return scaled_layer_norm_of_parts(parts, gain, shift, product_dtype(x))
 
 
 class TDRMSNorm(nn.Module):
