@@ -228,6 +228,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     dataset = utils.open_dataset(config, autoencoder)
     scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
     identity = run_settings(config, accelerator, dataset)
+    class_names = dataset.class_names if config.dataset.n_classes else []
     run_record.check_same_everywhere(identity)
     scoring = None
     if settings.fid_interval:
@@ -359,7 +360,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
 
         if step % settings.save_interval == 0 or done or stopping:
             tensors = gather_state(nnet, averages, optimizer, main)
-            if main and save(workdir / "ckpts" / f"{step}.ckpt", identity, step, tensors, scaler):
+            state = {**identity, "class_names": class_names}  # no setting: weights from before it was saved go on
+            if main and save(workdir / "ckpts" / f"{step}.ckpt", state, step, tensors, scaler):
                 saved_step = step
             del tensors
             timer.reset()

@@ -26,6 +26,7 @@ from configs import common
 from libs.adm_suite import PlannedImages, Reference, check_features, check_sets, fewest_images, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
+from libs.class_names import are_imagenets_folders, imagenet_names
 from libs.depthwise import KERNELS, check_triton
 from libs.dimr import DiMR, StageSpec
 from libs.errors import is_for_users
@@ -96,6 +97,28 @@ def config_of(weights: Path, config_path: str | None) -> tuple[ml_collections.Co
     else:
         raise ValueError(f"no config is saved with {weights}: give the one it was trained with as --config")
     return config, saved and saved["step"]
+
+
+def class_names(config: ml_collections.ConfigDict, weights: Path) -> list[str]:
+    """What the classes of a model are called, in the order of their labels: as saved with its weights.
+
+    ImageNet's folders have their English names instead. So have the 1000 classes of weights with no names of their own
+    (the released ones, those from before names were saved, features that were imported) where config.dataset.path has
+    "imagenet" in it. Other classes without names are called by their numbers.
+
+    Raises:
+        ValueError: names of another number of classes than config.dataset.n_classes.
+    """
+    n = config.dataset.n_classes
+    numbers, saved = [str(label) for label in range(n)], saved_settings(weights)
+    names = (saved and saved["class_names"]) or numbers
+    if len(names) != n:
+        raise ValueError(
+            f"{weights} has the names of {len(names)} classes saved with it, expected config.dataset.n_classes, {n}: "
+            "give the config that it was trained with"
+        )
+    nameless = names == numbers and n == 1000 and "imagenet" in config.dataset.path.lower()
+    return imagenet_names() if nameless or are_imagenets_folders(names) else names
 
 
 def check_trained_as(config: ml_collections.ConfigDict, weights: Path) -> None:
