@@ -378,8 +378,7 @@ def open_weaker_network(
     file = find_weights(settings.autoguidance_path)
     check_trained_as(other, file)
     nnet = build_network(other).to(device).eval().requires_grad_(False)
-    load_weights(nnet, read_state_dict(file), source=str(file))
-    return nnet, file
+    return nnet, load_network_weights(nnet, file)
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
