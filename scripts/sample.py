@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import sde
 import utils
+from libs import program
 from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label
 from libs.errors import errors_in_one_line
@@ -69,7 +70,7 @@ class Model:
         self.config.autoencoder.pretrained_path = autoencoder or find_autoencoder(
             self.config.autoencoder.pretrained_path, file
         )
-        self.accelerator = utils.make_accelerator()
+        self.accelerator = program.make_accelerator()
         device = self.accelerator.device
         self.nnet = utils.build_network(self.config).to(device).eval().requires_grad_(False)
         load_weights(self.nnet, state, str(file))
