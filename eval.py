@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import sde
 import utils
+from libs import program
 from libs.adm_suite import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
@@ -324,7 +325,7 @@ def evaluate(
     folder = Path(folder)
     utils.check_sampling(config)
     chosen = chosen_indices(config, indices, classes)
-    accelerator = utils.make_accelerator()
+    accelerator = program.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
     networks, files = open_networks(config, nnet_path, accelerator.device)
@@ -347,11 +348,11 @@ def evaluate(
         sampling["ema_profile"] = ema_profile(weights)
         sampling |= {"labels": "balanced: index * n_classes // n_samples"}
         report(config, folder, scores, scoring[0], sampling, accelerator.device)
-    utils.finish(accelerator)
+    program.finish(accelerator)
 
 
 def main(argv: list[str]) -> None:
-    utils.no_arguments(argv)
+    program.no_arguments(argv)
     values = flags.FLAGS
     config = values.config
     if not values.nnet_path:
@@ -368,7 +369,7 @@ def main(argv: list[str]) -> None:
         values.nnet_path,
         values.IMGsave_path,
         values.metrics,
-        utils.config_name(),
+        program.config_name(),
         values.indices,
         values.classes,
     )
@@ -378,7 +379,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.define_config_flag("What to sample from: the config that the weights were trained with.")
+    program.define_config_flag("What to sample from: the config that the weights were trained with.")
     flags.DEFINE_string("nnet_path", None, "Weights: .pth, .safetensors, a checkpoint or pipeline folder, or hf://...")
     flags.DEFINE_string("IMGsave_path", "saved_images", "Folder for the images.")
     flags.DEFINE_string(
@@ -395,4 +396,4 @@ if __name__ == "__main__":
         None,
         "Power of the power-cosine schedule, 0: constant scale; config.sample.scale_pow unless given.",
     )
-    utils.run(main)
+    program.run(main)

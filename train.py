@@ -28,7 +28,7 @@ from tqdm import tqdm
 import eval as evaluation
 import sde
 import utils
-from libs import checkpoint, monitor, pictures, run_record, sharding
+from libs import checkpoint, monitor, pictures, program, run_record, sharding
 from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.data import StepBatches, make_loader, own_rows
@@ -204,7 +204,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     """`train`, told by `stop` when to end."""
     workdir, settings = Path(workdir), config.train
     log_with = ["tensorboard"] + (["wandb"] if config.wandb.mode != "disabled" else [])
-    accelerator = utils.make_accelerator(log_with=log_with, project_dir=str(workdir))
+    accelerator = program.make_accelerator(log_with=log_with, project_dir=str(workdir))
     device, main, scaler = accelerator.device, accelerator.is_main_process, accelerator.scaler
     if not main:
         logging.set_verbosity(logging.ERROR)
@@ -228,6 +228,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     dataset = utils.open_dataset(config, autoencoder)
     scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
     identity = run_settings(config, accelerator, dataset)
+    class_names = dataset.class_names if config.dataset.n_classes else []
     run_record.check_same_everywhere(identity)
     scoring = None
     if settings.fid_interval:
@@ -257,7 +258,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
         logging.info("already trained for %d steps: nothing to do", step)
         (workdir / REQUEUE_FILE).unlink(missing_ok=True)
         del nnet, averages, optimizer
-        utils.finish(accelerator)
+        program.finish(accelerator)
         return 0
 
     data = make_loader(dataset, batches, config.dataset.num_workers, pin_memory=device.type == "cuda")
@@ -359,7 +360,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
 
         if step % settings.save_interval == 0 or done or stopping:
             tensors = gather_state(nnet, averages, optimizer, main)
-            if main and save(workdir / "ckpts" / f"{step}.ckpt", identity, step, tensors, scaler):
+            state = {**identity, "class_names": class_names}  # no setting: weights from before it was saved go on
+            if main and save(workdir / "ckpts" / f"{step}.ckpt", state, step, tensors, scaler):
                 saved_step = step
             del tensors
             timer.reset()
@@ -383,12 +385,12 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
         if status:
             (workdir / REQUEUE_FILE).write_text(f"{step}\n")
         logging.info("%s at step %d; weights in %s", "stopped" if status else "trained", step, workdir / "ckpts")
-    # The wrapped model and what refers to it go before the processes part (see utils.finish).
+    # The wrapped model and what refers to it go before the processes part (see program.finish).
     del nnet, wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample
     del sampled_network
     if lock is not None:
         lock.close()
-    utils.finish(accelerator)
+    program.finish(accelerator)
     return status
 
 
@@ -455,9 +457,9 @@ def fid_of_samples(
 
 
 def main(argv: list[str]) -> None:
-    utils.no_arguments(argv)
+    program.no_arguments(argv)
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    status = train(config, workdir or Path("workdir") / utils.config_name())
+    status = train(config, workdir or Path("workdir") / program.config_name())
     if status:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -465,6 +467,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.define_config_flag("What to train: a file of configs/.")
+    program.define_config_flag("What to train: a file of configs/.")
     flags.DEFINE_string("workdir", None, "Where to write; workdir/<name of the config file> unless given.")
-    utils.run(main)
+    program.run(main)

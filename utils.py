@@ -1,37 +1,28 @@
-"""From a config to the things it describes, from a network to images, and how a program starts, fails and ends."""
+"""From a config to the things it describes, and from a network to images."""
 
-import gc
 import importlib.util
 import json
 import math
 import operator
-import os
-import re
-import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accelerate
 import ml_collections
 import torch
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import sde
 from configs import common
 from libs.adm_suite import PlannedImages, Reference, check_features, check_sets, fewest_images, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
+from libs.class_names import are_imagenets_folders, imagenet_names
 from libs.depthwise import KERNELS, check_triton
 from libs.dimr import DiMR, StageSpec
-from libs.errors import is_for_users
 from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
-from libs.interrupt import TIMEOUT
 from libs.latents import LatentStore
 from libs.monitor import peak_flops
 from libs.pictures import to_uint8
@@ -96,6 +87,28 @@ def config_of(weights: Path, config_path: str | None) -> tuple[ml_collections.Co
     else:
         raise ValueError(f"no config is saved with {weights}: give the one it was trained with as --config")
     return config, saved and saved["step"]
+
+
+def class_names(config: ml_collections.ConfigDict, weights: Path) -> list[str]:
+    """What the classes of a model are called, in the order of their labels: as saved with its weights.
+
+    ImageNet's folders have their English names instead. So have the 1000 classes of weights with no names of their own
+    (the released ones, those from before names were saved, features that were imported) where config.dataset.path has
+    "imagenet" in it. Other classes without names are called by their numbers.
+
+    Raises:
+        ValueError: names of another number of classes than config.dataset.n_classes.
+    """
+    n = config.dataset.n_classes
+    numbers, saved = [str(label) for label in range(n)], saved_settings(weights)
+    names = (saved and saved["class_names"]) or numbers
+    if len(names) != n:
+        raise ValueError(
+            f"{weights} has the names of {len(names)} classes saved with it, expected config.dataset.n_classes, {n}: "
+            "give the config that it was trained with"
+        )
+    nameless = names == numbers and n == 1000 and "imagenet" in config.dataset.path.lower()
+    return imagenet_names() if nameless or are_imagenets_folders(names) else names
 
 
 def check_trained_as(config: ml_collections.ConfigDict, weights: Path) -> None:
@@ -355,8 +368,7 @@ def open_weaker_network(
     file = find_weights(settings.autoguidance_path)
     check_trained_as(other, file)
     nnet = build_network(other).to(device).eval().requires_grad_(False)
-    load_weights(nnet, read_state_dict(file), source=str(file))
-    return nnet, file
+    return nnet, load_network_weights(nnet, file)
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -531,110 +543,3 @@ def throughput(
     if accelerator.device.type == "cuda":
         result["memory_gb"] = torch.cuda.max_memory_allocated(accelerator.device) / 1e9
     return result
-
-
-# --- Start and end of a program ---------------------------------------------------------------------------------------
-
-
-def make_accelerator(**kwargs) -> accelerate.Accelerator:
-    """The accelerator of this process. It must be told of a missing GPU, or it takes two processes for two runs.
-
-    Raises:
-        ValueError: a precision that the networks are not computed in, or not on this device.
-    """
-    on_cpu, precision = not torch.cuda.is_available(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    allowed = ("no", "bf16") if on_cpu else ("no", "bf16", "fp16")
-    if precision not in allowed:  # accelerate takes fp16 on a CPU, and computes in float32
-        raise ValueError(
-            f"--mixed_precision (ACCELERATE_MIXED_PRECISION) must be one of {', '.join(allowed)} on "
-            f"{'a CPU' if on_cpu else 'a GPU'}; found {precision}"
-        )
-    timeout = accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)
-    return accelerate.Accelerator(cpu=on_cpu, kwargs_handlers=[timeout], **kwargs)
-
-
-def finish(accelerator: accelerate.Accelerator) -> None:
-    """End a program's processes together. Call it when nothing holds the wrapped model or its optimiser any more.
-
-    Without this order gloo's threads now and then abort the process at exit.
-    """
-    gc.collect()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
-def define_config_flag(help_text: str) -> None:
-    """The --config flag: a Python file with get_config(), its fields overridable as --config.a.b=value."""
-    config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
-    flags.mark_flag_as_required("config")
-
-
-def config_name() -> str:
-    """Name of the file given by --config, without folder and ending."""
-    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-
-
-def no_arguments(argv: list[str]) -> None:
-    """Raises ValueError for words on the command line that belong to no flag."""
-    if len(argv) > 1:
-        raise ValueError(f"expected only flags of the form --name=value; found {' '.join(argv[1:])}")
-
-
-def run(main: Callable[[list[str]], None]) -> None:
-    """app.run, with errors of the project's own checks shown as one line instead of a stack trace.
-
-    An error raised anywhere else (a library, a bug) keeps its stack trace.
-    """
-
-    def clear_main(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-            if lost_process(error):
-                error = f"another process of this run is gone; run the command again to go on ({error})"
-            elif not is_for_users(error):
-                raise
-            if os.environ.get("RANK", "0") != "0":
-                time.sleep(3)  # if the first process fails alike, the launcher ends this one before it says it again
-            sys.stdout.flush()
-            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, not behind a progress bar
-            sys.stderr.flush()
-            os._exit(1)  # not sys.exit: other processes may be waiting for this one, which must not wait for them
-
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    app.run(clear_main, flags_parser=parse_flags)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Flags from the command line; a mistake in them or in the config file ends in one line."""
-    try:
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.config.to_dict  # noqa: B018 (a missing file is reported at the first use only)
-        return rest
-    except (flags.Error, AttributeError, LookupError) as error:
-        problem = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
-        path = re.search(r"--config[= ](\S+)", " ".join(argv))
-        path = path[1] if path else None
-        where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        if isinstance(error, flags.Error):  # holds the stack trace of an error in the config file
-            where = re.findall(rf'File "{re.escape(path or "")}", line (\d+)', str(error))
-            message = str(error).strip().splitlines()[-1]
-        elif "get_config" in problem:
-            message = f"--config {path} has no function get_config()"
-        else:
-            if isinstance(error, IndexError) and path and not where:
-                n_stages = len(load_config(path).nnet.stages)
-                problem += f" (the config has {n_stages} stages, 0 to {n_stages - 1})"
-            message = f"an override names a field that the config does not have: {problem}"
-        if where:
-            message = f"{path}, line {where[-1]}: {message if isinstance(error, flags.Error) else problem}"
-    except (OSError, ImportError, SyntaxError) as error:
-        message = f"--config could not be read: {str(error).splitlines()[-1].strip()}"
-    sys.exit(f"error: {message}")
-
-
-def lost_process(error: BaseException) -> bool:
-    """Did a collective operation fail because the connection to another process broke?"""
-    broken = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
-    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in broken)

@@ -41,13 +41,14 @@ N_RECORDS, BATCH = 256, 32
 # accelerate leaves fp16's autocast and loss scaler out on a CPU; PyTorch has both. The scale grows every third update,
 # so that it overflows, falls and has something to remember.
 FP16_ON_CPU = """
-import runpy, sys, torch, utils
-make = utils.make_accelerator
+import runpy, sys, torch
+from libs import program
+make = program.make_accelerator
 def with_fp16(**kwargs):
     accelerator = make(**kwargs)
     accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", growth_interval=3)
     return accelerator
-utils.make_accelerator = with_fp16
+program.make_accelerator = with_fp16
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """

@@ -260,14 +260,21 @@ def fetch_from_hub(address: str) -> Path:
         huggingface_hub.logging.set_verbosity(verbosity)
 
 
-CONFIG_KEY = "config"  # in the metadata of a safetensors file
-PROFILE_KEY = "ema_profile"  # likewise
+CONFIG_KEY = "config"  # in a state.json, and in the metadata of a safetensors file
+PROFILE_KEY = "ema_profile"  # in that metadata
+
+
+def settings_metadata(settings: dict) -> dict[str, str]:
+    """What `saved_settings` gives, or some of it, as the metadata of a safetensors file."""
+    return {name: json.dumps(value) for name, value in settings.items()}
 
 
 def saved_settings(weights: Path) -> dict | None:
-    """{"config": the config as JSON values, "step": the training step or None} of a weights file, None if unknown.
+    """What is saved with a weights file, None if nothing is.
 
-    From the file's own metadata (scripts/convert_checkpoint.py writes it), else from the state.json beside it.
+    {"config": the config as JSON values, "step": the training step or None, "class_names": what the classes are called
+    in the training data, in the order of their labels, or None}. From the file's own metadata (of `settings_metadata`),
+    else from the state.json beside it. Weights from before names were saved have None.
 
     Raises:
         ValueError: they are damaged.
@@ -277,14 +284,19 @@ def saved_settings(weights: Path) -> dict | None:
             with safe_open(weights, "pt") as file:
                 metadata = file.metadata() or {}
             if CONFIG_KEY in metadata:
-                return {"config": json.loads(metadata[CONFIG_KEY]), "step": json.loads(metadata.get("step", "null"))}
+                found = {name: metadata[name] for name in (CONFIG_KEY, "step", "class_names") if name in metadata}
+                return _settings({name: json.loads(value) for name, value in found.items()})
         beside = weights.with_name(STATE_FILE)
-        if not beside.is_file():
-            return None
-        state = json.loads(beside.read_text())
-        return {"config": state["config"], "step": state.get("step")}
+        return _settings(json.loads(beside.read_text())) if beside.is_file() else None
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"the settings saved with {weights} are damaged: {error}") from error
+
+
+def _settings(found):
+    config, names = found[CONFIG_KEY], found.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise TypeError("class_names is no list of names")
+    return {"config": config, "step": found.get("step"), "class_names": names}
 
 
 def ema_profile(weights: Path) -> str:

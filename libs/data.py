@@ -1,7 +1,7 @@
 """Feeding training: which records a process reads at which step, and reading them ahead of time.
 
-A data set here is anything with `len()`, `record_shape`, `n_classes` and `read(indices) -> (records, labels)` as numpy
-arrays: a latent store (libs/latents.py) or a tree of images (libs/images.py).
+A data set here is anything with `len()`, `record_shape`, `n_classes`, `class_names` and `read(indices)` ->
+(records, labels) as numpy arrays: a latent store (libs/latents.py) or a tree of images (libs/images.py).
 """
 
 import itertools

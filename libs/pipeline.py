@@ -124,7 +124,7 @@ class DiMRPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **{"max_shard_size": "1TB", **kwargs})
         if self.config.trained:
             state = Path(save_directory, PIPELINE_FILE).with_name(STATE_FILE)
-            state.write_text(json.dumps(self.config.trained, indent=1))
+            state.write_text(json.dumps({**self.config.trained, "class_names": self.names}, indent=1))
 
     def decode(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) of samples, by the `vae` that is set now."""

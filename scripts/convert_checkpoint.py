@@ -5,7 +5,7 @@
 WEIGHTS is all that --nnet_path takes: a .pth in the released names, a .safetensors, a checkpoint folder (its EMA
 weights), a folder of a pipeline, or hf://OWNER/REPOSITORY/FILE. OUT decides what is made:
 
-    NAME.safetensors   this project's names, the config inside; beside it a model card, README.md
+    NAME.safetensors   this project's names, the config and the classes' inside; beside it a model card, README.md
     NAME.pth           a plain state dict in the released names
     a folder           a pipeline for libs/pipeline.py, with the autoencoder and the class names; and a model card
 
@@ -34,14 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import sde
 import utils
 from libs.checkpoint import (
-    CONFIG_KEY,
     PIPELINE_FILE,
     find_weights,
     fitting_weights,
     read_state_dict,
     released_name,
+    settings_metadata,
 )
-from libs.class_names import class_names
 from libs.errors import errors_in_one_line
 from libs.files import file_digest
 from libs.pipeline import DiMRNetwork, DiMRPipeline
@@ -95,7 +94,13 @@ class Model:
     state: dict[str, Tensor]
     config: ml_collections.ConfigDict
     step: int | None  # of training
+    class_names: list[str]
     source: Path
+
+    @property
+    def settings(self) -> dict:
+        """What is saved with the weights (see libs.checkpoint.saved_settings)."""
+        return {"config": utils.config_json(self.config), "step": self.step, "class_names": self.class_names}
 
 
 def read_model(path: str, config_path: str | None = None) -> Model:
@@ -108,14 +113,14 @@ def read_model(path: str, config_path: str | None = None) -> Model:
     state = read_state_dict(file)
     config, step = utils.config_of(file, config_path)
     state = fitting_weights(utils.build_network_on_meta(config), state, str(file))
-    return Model(state, config, step, file)
+    return Model(state, config, step, utils.class_names(config, file), file)
 
 
 def write_safetensors(model: Model, out: Path) -> None:
-    """One file in this project's names, with the config and the training step in its metadata."""
-    metadata = {CONFIG_KEY: json.dumps(utils.config_json(model.config)), "step": json.dumps(model.step)}
+    """One file in this project's names, with the config, the training step and the classes' names in its metadata."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state.items()}
     with whole(out) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state.items()}, temporary, metadata)
+        save_file(tensors, temporary, settings_metadata(model.settings))
 
 
 def write_released(model: Model, out: Path) -> None:
@@ -161,7 +166,7 @@ def build_pipeline(model: Model) -> DiMRPipeline:
         sde.SolverScheduler(config.schedule, sample.algorithm, sample.order),
         autoencoder.vae if autoencoder else None,
         config.schedule,
-        dict(enumerate(class_names(config.dataset.n_classes))),
+        dict(enumerate(model.class_names)),
         {
             "guidance_scale": sample.scale,
             "guidance_power": sample.scale_pow,

@@ -69,7 +69,7 @@ def offered(word: str, names: Sequence[str]) -> list[int]:
 
 def caption(label: int, names: Sequence[str]) -> str:
     """A class as the page writes it: its name and, where that is another, its number."""
-    name = class_caption(label, names)
+    name = [*names, class_caption(len(names), names)][label]
     return name if name == str(label) else f"{name} ({label})"
 
 

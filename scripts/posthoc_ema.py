@@ -7,7 +7,6 @@ Needs a run trained with config.ema.power_widths (two widths, such as (0.05, 0.1
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from libs.checkpoint import CONFIG_KEY, PROFILE_KEY, checkpoint_folders, read_state_dict, saved_settings
+from libs.checkpoint import PROFILE_KEY, checkpoint_folders, read_state_dict, saved_settings, settings_metadata
 from libs.ema import posthoc_weights
 from libs.errors import errors_in_one_line
 
@@ -61,11 +60,9 @@ def main() -> None:
         stored = stored_averages(arguments.ckpts, arguments.step)
         step = arguments.step or max(t for t, _, _ in stored)
         state = combine(stored, step, arguments.width)
-        newest = saved_settings(max(stored)[2])
-    metadata = {PROFILE_KEY: f"width {arguments.width:g}, reconstructed", "step": json.dumps(step)}
-    if newest is not None:
-        metadata[CONFIG_KEY] = json.dumps(newest["config"])
-    save_file(state, arguments.out, metadata=metadata)
+        settings = {**(saved_settings(max(stored)[2]) or {}), "step": step}
+    metadata = {PROFILE_KEY: f"width {arguments.width:g}, reconstructed", **settings_metadata(settings)}
+    save_file(state, arguments.out, metadata)
     print(f"{arguments.out}: width {arguments.width:g} at step {step} from {len(stored)} stored averages")
 
 

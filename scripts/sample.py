@@ -6,9 +6,9 @@
     python scripts/sample.py --grid out.png
 
 The second line takes the digits model that scripts/quickstart.sh has trained, and the first ten classes. Classes are
-numbers or, of ImageNet's, names. The config is what is saved with the weights, unless given. Sample j of class k of the
-list has the index k * per_class + j: with the same seed, batches and settings it is eval.py's picture of that index and
-label, to the bit.
+numbers or names, those of the training data's folders (ImageNet's: in English); the config and the names are what is
+saved with the weights, the config unless given. Sample j of class k of the list has the index k * per_class + j: with
+the same seed, batches and settings it is eval.py's picture of that index and label, to the bit.
 
 --columns chooses what varies along a row, of class, sample, guidance and steps; the rest varies down the rows.
 --trajectory writes NAME_trajectory.png beside the grid: for the first sample of each class, at times t from 1 (noise)
@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import sde
 import utils
+from libs import program
 from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
-from libs.class_names import class_label, class_names
+from libs.class_names import class_label
 from libs.errors import errors_in_one_line
 from libs.files import naming_the_way_out, replacing
 from libs.pictures import to_uint8
@@ -69,14 +70,14 @@ class Model:
         self.config.autoencoder.pretrained_path = autoencoder or find_autoencoder(
             self.config.autoencoder.pretrained_path, file
         )
-        self.accelerator = utils.make_accelerator()
+        self.accelerator = program.make_accelerator()
         device = self.accelerator.device
         self.nnet = utils.build_network(self.config).to(device).eval().requires_grad_(False)
         load_weights(self.nnet, state, str(file))
         self.weaker, _ = utils.open_weaker_network(self.config, device)
         self.autoencoder = utils.open_autoencoder(self.config, device)
         self.schedule = sde.get_schedule(self.config.schedule)
-        self.names = class_names(self.config.dataset.n_classes)
+        self.names = utils.class_names(self.config, file)
 
     def with_settings(self, seed: int | None, scale: float | None, steps: int | None) -> ml_collections.ConfigDict:
         """The config with those of the settings that are given. Raises ValueError for ones that cannot work."""
@@ -291,7 +292,11 @@ def title(place: dict[str, int], captions: dict[str, list[str]]) -> str:
 
 
 def class_caption(label: int, names: Sequence[str]) -> str:
-    return names[label] if label < len(names) else "no class"
+    """A class's name; beside one that is another class's number, its own number."""
+    if label == len(names):
+        return "no class"
+    name = names[label]
+    return f"{name} ({label})" if name.isdecimal() and int(name) != label else name
 
 
 def trajectory_sheet(

@@ -79,7 +79,7 @@ def test_half_precision_stays(state, config_file, tmp_path):
 
 
 def test_a_training_checkpoint_brings_its_config_and_step(state, tiny_config, tmp_path):
-    saved = {"step": 7, "config": utils.config_json(tiny_config)}
+    saved = {"step": 7, "config": utils.config_json(tiny_config), "class_names": ["ant", "bee", "cat"]}
     other = {name: -tensor for name, tensor in state.items()}
     save_checkpoint(tmp_path / "7.ckpt", {"nnet.safetensors": other, "nnet_ema.safetensors": state}, saved)
     converting.convert(str(tmp_path / "7.ckpt"), tmp_path / "own" / "a.safetensors")

@@ -418,7 +418,11 @@ def test_posthoc_script_on_a_run(tiny_config, tmp_path):
     )
     assert all(torch.allclose(rebuilt[name], kept[name], atol=1e-5) for name in kept)
     assert checkpoint.ema_profile(out) == "width 0.1, reconstructed"
-    assert checkpoint.saved_settings(out) == {"config": training.utils.config_json(tiny_config), "step": 6}
+    assert checkpoint.saved_settings(out) == {
+        "config": training.utils.config_json(tiny_config),
+        "step": 6,
+        "class_names": ["class0", "class1", "class2"],
+    }
     profiles = {file.name: checkpoint.ema_profile(file) for file in (tmp_path / "ckpts" / "6.ckpt").glob("nnet*")}
     assert profiles == {
         "nnet.safetensors": "",

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import eval as evaluation
 import sde
 import utils
-from libs.class_names import class_label, class_names
+from libs.class_names import class_label, imagenet_names
 from libs.pipeline import DiMRPipeline
 from scripts import convert_checkpoint as converting
 
@@ -229,10 +229,10 @@ def test_a_model_without_classes_needs_no_label(tiny_config, tmp_path):
 
 
 def test_labels_by_number_and_by_name(pipe):
-    names = class_names(1000)
+    names = imagenet_names()
     assert [class_label(word, names) for word in (207, "207", "golden retriever", " Golden Retriever")] == [207] * 4
     assert names[0] == "tench" and names[999] == "toilet tissue" and len(set(names)) == 1000
-    assert class_names(3) == ["0", "1", "2"] and class_label(3, class_names(3)) == 3
+    assert pipe.names == ["0", "1", "2"] and class_label(3, pipe.names) == 3
     with pytest.raises(ValueError, match=r"no class is called 'retriever'; near it: .*golden retriever"):
         class_label("retriever", names)
     with pytest.raises(ValueError, match=r"class labels are 0..3 \(3: no class\); found 4"):

@@ -238,6 +238,7 @@ FULL_ON_ONE = """
 import os, sys
 sys.path.insert(0, ".")
 import train
+from libs import program
 from libs.sample_set import SetWriter
 
 def full(*args):
@@ -245,9 +246,9 @@ def full(*args):
 
 if os.environ["RANK"] == "1":
     SetWriter.put = full
-train.utils.define_config_flag("")
+program.define_config_flag("")
 train.flags.DEFINE_string("workdir", None, "")
-train.utils.run(train.main)
+program.run(train.main)
 """
 
 

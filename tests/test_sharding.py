@@ -20,7 +20,7 @@ from conftest import ROOT, load_config, overrides
 from test_train import assert_same_checkpoint, losses
 
 import train as training
-from libs import checkpoint, sharding
+from libs import checkpoint, program, sharding
 from libs.ema import EMA
 from libs.optim import clip_or_skip, make_adamw
 
@@ -237,9 +237,9 @@ def full_disk():
         save_file(tensors, path)
 
     checkpoint.save_file = full_at_first
-    training.utils.define_config_flag("")
+    program.define_config_flag("")
     training.flags.DEFINE_string("workdir", None, "")
-    training.utils.run(training.main)
+    program.run(training.main)
 
 
 def pieces(folder):

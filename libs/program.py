@@ -1,0 +1,132 @@
+"""How a program starts, fails and ends: its flags, its processes, its errors in one line.
+
+The one module of libs/ that reads flags and the config behind them: here they are parsed.
+"""
+
+import gc
+import os
+import re
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate
+import torch
+from absl import app, flags, logging
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from libs.errors import is_for_users
+from libs.interrupt import TIMEOUT
+
+
+def make_accelerator(**kwargs) -> accelerate.Accelerator:
+    """The accelerator of this process. It must be told of a missing GPU, or it takes two processes for two runs.
+
+    Raises:
+        ValueError: a precision that the networks are not computed in, or not on this device.
+    """
+    on_cpu, precision = not torch.cuda.is_available(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    allowed = ("no", "bf16") if on_cpu else ("no", "bf16", "fp16")
+    if precision not in allowed:  # accelerate takes fp16 on a CPU, and computes in float32
+        raise ValueError(
+            f"--mixed_precision (ACCELERATE_MIXED_PRECISION) must be one of {', '.join(allowed)} on "
+            f"{'a CPU' if on_cpu else 'a GPU'}; found {precision}"
+        )
+    timeout = accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)
+    return accelerate.Accelerator(cpu=on_cpu, kwargs_handlers=[timeout], **kwargs)
+
+
+def finish(accelerator: accelerate.Accelerator) -> None:
+    """End a program's processes together. Call it when nothing holds the wrapped model or its optimiser any more.
+
+    Without this order gloo's threads now and then abort the process at exit.
+    """
+    gc.collect()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def define_config_flag(help_text: str) -> None:
+    """The --config flag: a Python file with get_config(), its fields overridable as --config.a.b=value."""
+    config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+    flags.mark_flag_as_required("config")
+
+
+def config_name() -> str:
+    """Name of the file given by --config, without folder and ending."""
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+
+
+def no_arguments(argv: list[str]) -> None:
+    """Raises ValueError for words on the command line that belong to no flag."""
+    if len(argv) > 1:
+        raise ValueError(f"expected only flags of the form --name=value; found {' '.join(argv[1:])}")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """app.run, with errors of the project's own checks shown as one line instead of a stack trace.
+
+    An error raised anywhere else (a library, a bug) keeps its stack trace.
+    """
+
+    def clear_main(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+            if lost_process(error):
+                error = f"another process of this run is gone; run the command again to go on ({error})"
+            elif not is_for_users(error):
+                raise
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(3)  # if the first process fails alike, the launcher ends this one before it says it again
+            sys.stdout.flush()
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, not behind a progress bar
+            sys.stderr.flush()
+            os._exit(1)  # not sys.exit: other processes may be waiting for this one, which must not wait for them
+
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    app.run(clear_main, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Flags from the command line; a mistake in them or in the config file ends in one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.config.to_dict  # noqa: B018 (a missing file is reported at the first use only)
+        return rest
+    except (flags.Error, AttributeError, LookupError) as error:
+        path = re.search(r"--config[= ](\S+)", " ".join(argv))
+        message = mistake_in_flags(error, path[1] if path else None)
+    except (OSError, ImportError, SyntaxError) as error:
+        message = f"--config could not be read: {str(error).splitlines()[-1].strip()}"
+    sys.exit(f"error: {message}")
+
+
+def mistake_in_flags(error: Exception, path: str | None) -> str:
+    """What an error says of the config file at `path`, with its line, or else of the command line."""
+    if isinstance(error, flags.Error):  # where the config file raised it, its text is that stack trace
+        trace, problem = str(error), str(error).strip().splitlines()[-1]
+    else:
+        trace = "".join(traceback.format_tb(error.__traceback__))
+        problem = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
+    if lines := re.findall(rf'File "{re.escape(str(path))}", line (\d+)', trace):
+        return f"{path}, line {lines[-1]}: {problem}"
+    if isinstance(error, flags.Error):
+        return problem
+    if "get_config" in problem:
+        return f"--config {path} has no function get_config()"
+    if isinstance(error, IndexError) and path:
+        n_stages = len(runpy.run_path(path)["get_config"]().nnet.stages)
+        problem += f" (the config has {n_stages} stages, 0 to {n_stages - 1})"
+    return f"an override names a field that the config does not have: {problem}"
+
+
+def lost_process(error: BaseException) -> bool:
+    """Did a collective operation fail because the connection to another process broke?"""
+    broken = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in broken)
