@@ -233,10 +233,11 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
         final_weights: the weights will not change any more, and no gradient is asked for. On a CPU a network compiled
             whole then keeps them laid out for its matrix products.
     """
-    upsamplings = [stage.upsample for stage in nnet.stages[1:]]
-    blocks = [block for stage in nnet.stages for block in stage.blocks]
+    parts = [stage.upsample for stage in nnet.stages[1:]]
+    for stage in nnet.stages:
+        parts += [*stage.blocks, *stage.skips, stage.head]
     mode = "reduce-overhead" if how == "graphs" else None
-    for module in {"blocks": [*upsamplings, *blocks], "off": []}.get(how, [nnet]):
+    for module in {"blocks": parts, "off": []}.get(how, [nnet]):
         # The forward method and not the module, whose hooks (DDP's, FSDP's) stay outside.
         module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, mode=mode)
     if how == "graphs":

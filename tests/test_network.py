@@ -8,8 +8,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
-from libs.dimr import DiMR, GatedGELU, StageSpec
-from libs.norms import NORMS, TDLayerNorm, TDRMSNorm, TimeDependentVector, scaled_rms
+from libs.dimr import DiMR, GatedGELU, LongSkip, StageSpec
+from libs.norms import (
+    NORMS,
+    TDLayerNorm,
+    TDRMSNorm,
+    TimeDependentVector,
+    scaled_layer_norm_of_parts,
+    scaled_rms,
+)
 
 COARSE = StageSpec("TransformerBlock", 16, 3, 32, patch_size=2, max_height=4, max_width=4, num_heads=2)
 FINE = StageSpec("ConvNeXtBlock", 8, 3, 16, patch_size=1, max_height=8, max_width=8, kernel_size=3)
@@ -73,6 +80,35 @@ def test_written_out_gradients_of_norms(norm, n_times):
         return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x, t))
 
     assert torch.autograd.gradcheck(function, (x, *module.parameters()), atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+def test_norm_of_parts_is_that_of_the_whole(offset):
+    """Values and gradients, in float32 against PyTorch's in float64; also with a mean far from zero."""
+    torch.manual_seed(0)
+    parts = [torch.randn(3, 5, 16) * scale + offset for scale in (0.1, 1.0, 4.0)]
+    gain, shift = torch.randn(2, 3, 1, 48).unbind()
+    leaves = [leaf.requires_grad_() for leaf in (*parts, gain, shift)]
+    found = scaled_layer_norm_of_parts(parts, gain, shift, torch.float32)
+    along = torch.randn_like(found)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    whole = nn.functional.layer_norm(torch.cat(exact[:3], dim=-1), (48,)) * exact[3] + exact[4]
+    close = {"rtol": 1e-4, "atol": 1e-4} if offset else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found.double(), whole, **close)
+    torch.testing.assert_close(
+        [gradient.double() for gradient in torch.autograd.grad(found, leaves, along)],
+        list(torch.autograd.grad(whole, exact, along.double())),
+        **close,
+    )
+
+
+def test_long_skips_round_as_their_product_does():
+    skip = LongSkip(8)
+    x, other = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        joined = nn.functional.linear(torch.cat([x, other], dim=-1), skip.weight, skip.bias)
+        assert torch.equal(skip(x, other), joined)
+    assert torch.equal(skip(x, other), nn.functional.linear(torch.cat([x, other], dim=-1), skip.weight, skip.bias))
 
 
 def test_a_norm_of_nothing_is_nothing():
