@@ -3,12 +3,13 @@
 import dataclasses
 
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
-from libs.dimr import DiMR, GatedGELU, StageSpec
+from libs.dimr import DiMR, GatedGELU, StageSpec, truncated_normal_
 from libs.norms import NORMS, TDLayerNorm, TDRMSNorm, TimeDependentVector, scaled_rms
 
 COARSE = StageSpec("TransformerBlock", 16, 3, 32, patch_size=2, max_height=4, max_width=4, num_heads=2)
@@ -178,6 +179,15 @@ def test_initialisation():
     assert weights.std().item() == pytest.approx(0.02, rel=0.03)
     assert all((m.bias == 0).all() for m in linears if m.bias is not None)
     assert model.stages[0].head.conv.bias.abs().max() > 0  # convolutions keep PyTorch's default
+
+
+def test_truncated_normal():
+    torch.manual_seed(0)
+    for std in (0.5, 1.0, 3.0):
+        weight = torch.empty(50, 400)
+        truncated_normal_(weight, std)
+        expected = scipy.stats.truncnorm(-2 / std, 2 / std, scale=std)
+        assert scipy.stats.kstest(weight.flatten().numpy(), expected.cdf).statistic < 0.01
 
 
 @pytest.mark.parametrize(
