@@ -390,7 +390,7 @@ class DiMR(nn.Module):
             )
 
     def initialise(self) -> None:
-        """Linear and embedding weights: normal of std 0.02 (cut at ±2, which never acts), biases zero, as in ViT.
+        """Linear and embedding weights: normal of std 0.02 (cut at ±2), biases zero, as in ViT.
 
         Convolutions keep PyTorch's default; time-dependent vectors start independent of time (see libs/norms.py).
         """

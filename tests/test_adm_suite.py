@@ -10,7 +10,7 @@ import pytest
 import pytorch_fid.inception
 import torch
 import torch_fidelity.feature_extractor_inceptionv3
-from conftest import run
+from conftest import quick_distance, run
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from libs import adm_suite, inception
@@ -260,11 +260,6 @@ def sets():
     samples[:4] = samples[:4] // 2 + 60
     reference[:4] = reference[:4] // 32 + 220
     return reference, samples
-
-
-def quick_distance(mu1, sigma1, mu2, sigma2):
-    """In the place of the Fréchet distance, which takes seconds, where only its inputs are in question."""
-    return float(np.abs(mu1 - mu2).sum() + np.abs(sigma1 - sigma2).sum())
 
 
 def test_the_five_scores(tmp_path, monkeypatch, capsys, assets, network, fidelity, sets):

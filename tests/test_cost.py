@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from conftest import load_config, run
+from forked import run_forked
 from torch import nn
 
 import utils
@@ -57,5 +58,5 @@ def test_describe_model_prints_a_report():
     assert "Warning" not in done.stderr and not re.search(r"\d,\d{3}\.\d", done.stdout), done.stderr
     found = [describe_model.rounded(n) for n in (3549216.6, 123.4, 12.04, 0.01234, 1e-5)]
     assert found == ["3,550,000", "123", "12", "0.0123", "< 0.01"]
-    bad = run("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=0")
+    bad = run_forked("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=0")
     assert bad.returncode == 1 and bad.stderr.strip().endswith("error: --gpus must be above 0; found 0")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
+from forked import run_forked
 from PIL import Image
 from test_pipeline import save_weights
 
@@ -119,7 +120,7 @@ def test_the_pictures_are_those_of_the_sampling_program(model, weights, tmp_path
     pictures = demo.pictures(model, request)
     assert pictures.shape == (6, 16, 16, 3) and len(np.unique(pictures.reshape(6, -1), axis=0)) == 6
     flags = ("--classes", 2, "--per_class", 6, "--seed", 3, "--cfg", 2.5, "--steps", 5, "--trajectory")
-    done = run("scripts/sample.py", *flags, "--nnet_path", weights, "--grid", tmp_path / "grid.png")
+    done = run_forked("scripts/sample.py", *flags, "--nnet_path", weights, "--grid", tmp_path / "grid.png")
     assert done.returncode == 0, done.stderr
     grid = np.asarray(Image.open(tmp_path / "grid.png"))[-100:-4]  # cells of 96 and 4 pixels between
     for i in range(6):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import overrides, run
+from forked import run_forked
 from PIL import Image
 
 import eval as evaluation
@@ -35,17 +36,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def evaluate(config, weights, folder, *flags, processes=1):
-    done = run(
-        "eval.py", *overrides(config), f"--nnet_path={weights}", f"--IMGsave_path={folder}", *flags, processes=processes
-    )
-    return done
+def command(config, weights, folder, *flags):
+    return "eval.py", *overrides(config), f"--nnet_path={weights}", f"--IMGsave_path={folder}", *flags
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_makes_the_same_bytes(tiny_config, weights, tmp_path, processes):
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "one")
-    done = evaluate(tiny_config, weights, tmp_path / "several", processes=processes)
+    done = run(*command(tiny_config, weights, tmp_path / "several"), processes=processes)
     assert done.returncode == 0, done.stderr
     one = contents(tmp_path / "one")
     assert contents(tmp_path / "several") == one
@@ -170,7 +168,7 @@ def test_euler_maruyama_noise_is_a_function_of_the_index(tiny_config, weights):
 
 
 def test_guidance_flags(tiny_config, weights, tmp_path):
-    done = evaluate(tiny_config, weights, tmp_path / "a", "--cfg=2.5", "--cfg_scale_pow=1.5")
+    done = run(*command(tiny_config, weights, tmp_path / "a", "--cfg=2.5", "--cfg_scale_pow=1.5"))
     assert done.returncode == 0, done.stderr
     assert '"scale": 2.5' in (tmp_path / "a" / "sampling.json").read_text()
     assert "no scores: no reference statistics" in done.stderr
@@ -242,7 +240,7 @@ def test_command_line_errors(tiny_config, weights, tmp_path):
         ([f"--IMGsave_path={weights / 'state.json' / 'images'}"], "or set --IMGsave_path"),
         (["--IMGsave_path=/proc/nope/x"], "or set --IMGsave_path"),
     ):
-        done = evaluate(tiny_config, weights, tmp_path / "images", *flags)
+        done = run_forked(*command(tiny_config, weights, tmp_path / "images", *flags))
         assert done.returncode != 0 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and not (tmp_path / "images").exists()
 

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, overrides, run
+from forked import Forked, run_forked
 from PIL import Image
 from test_train import assert_same_checkpoint, losses
 
@@ -30,10 +31,8 @@ from libs.latents import LatentStore
 from libs.run_record import MetricsLog, log_to_trackers
 
 
-def start(config, workdir, *flags):
-    command = [sys.executable, "train.py", *overrides(config), f"--workdir={workdir}", *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+def start(config, workdir, *flags) -> Forked:
+    return Forked("train.py", *overrides(config), f"--workdir={workdir}", *flags)
 
 
 def wait_for_step(workdir, step):
@@ -46,18 +45,19 @@ def wait_for_step(workdir, step):
 
 
 def test_killed_at_any_moment_it_goes_on_exactly(tiny_config, tmp_path):
-    tiny_config.train.update(n_steps=60, save_interval=1, eval_interval=1000)
+    tiny_config.train.update(n_steps=36, save_interval=1, eval_interval=1000)
     training.train(tiny_config, tmp_path / "straight")
     rng = random.Random(0)
     for kill in range(2):
         process = start(tiny_config, tmp_path / "killed")
-        wait_for_step(tmp_path / "killed", 15 * (kill + 1))
+        wait_for_step(tmp_path / "killed", 9 * (kill + 1))
         time.sleep(rng.random() * 0.2)
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL and len(losses(tmp_path / "killed")) < 36
     training.train(tiny_config, tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
-    assert_same_checkpoint(tmp_path / "killed" / "ckpts" / "60.ckpt", tmp_path / "straight" / "ckpts" / "60.ckpt")
+    assert_same_checkpoint(tmp_path / "killed" / "ckpts" / "36.ckpt", tmp_path / "straight" / "ckpts" / "36.ckpt")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -103,7 +103,9 @@ def test_a_work_folder_has_one_writer(tiny_config, tmp_path):
     tiny_config.train.n_steps = 2
     assert training.train(tiny_config, tmp_path) == 0
     tiny_config.train.n_steps = 3
-    done = run("train.py", *overrides(tiny_config), f"--workdir={tmp_path}")  # this process lives on, its run has ended
+    done = run_forked(
+        "train.py", *overrides(tiny_config), f"--workdir={tmp_path}"
+    )  # this process lives on, its run has ended
     assert done.returncode == 0, done.stderr
 
 
@@ -131,7 +133,8 @@ def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch)
 def test_a_work_folder_that_cannot_be_written_ends_all_processes_in_one_line(tiny_config, tmp_path, place, processes):
     (tmp_path / "file").write_text("")
     place = tmp_path / place
-    done = run("train.py", *overrides(tiny_config), f"--workdir={place}", processes=processes)
+    flags = [*overrides(tiny_config), f"--workdir={place}"]
+    done = run("train.py", *flags, processes=processes) if processes > 1 else run_forked("train.py", *flags)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1, done.stderr
     assert errors[0].startswith(f"error: Cannot write {place}: ") and errors[0].endswith("or set --workdir")
@@ -242,7 +245,7 @@ def test_pickle_to_start_from_is_refused_in_one_line(tiny_config, tmp_path):
 
     torch.save({"weight": Harmful()}, tmp_path / "evil.pth")
     evil = tmp_path / "evil.pth"
-    done = run("train.py", *overrides(tiny_config), f"--config.init.path={evil}", f"--workdir={tmp_path / 'w'}")
+    done = run_forked("train.py", *overrides(tiny_config), f"--config.init.path={evil}", f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"error: {evil} could not be read as a plain state dict: it holds something else than tensors, "
@@ -433,7 +436,7 @@ def test_posthoc_script_on_a_run(tiny_config, tmp_path):
     }
     assert (tmp_path / "ckpts" / "6.ckpt" / "nnet_ema_rate_0.5.safetensors").exists()
     shutil.rmtree(tmp_path / "ckpts")
-    done = run("scripts/posthoc_ema.py", "--ckpts", tmp_path / "ckpts", "--width", "0.1", "--out", out)
+    done = run_forked("scripts/posthoc_ema.py", "--ckpts", tmp_path / "ckpts", "--width", "0.1", "--out", out)
     assert done.returncode != 0 and "error: no power-function averages" in done.stderr
 
 
@@ -486,7 +489,8 @@ def test_other_data_precision_and_frozen_parts_are_refused(tiny_config, tmp_path
     with pytest.raises(ValueError, match=r"config.init.freeze\[0\]: None there, head now"):
         training.train(tiny_config, tmp_path)
     tiny_config.init.freeze = ()
-    done = run("train.py", *overrides(tiny_config), f"--workdir={tmp_path}", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    flags = [*overrides(tiny_config), f"--workdir={tmp_path}"]
+    done = run_forked("train.py", *flags, env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert done.returncode == 1 and "accelerate.mixed_precision: no there, bf16 now" in done.stderr
     records = LatentStore.digest
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 """The report of a scored set, from the command that samples; and the sweep over guidance."""
 
 import csv
+import functools
 import json
 import re
 
@@ -8,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 import torch
-from conftest import load_config, overrides, run
+from conftest import load_config, overrides, quick_distance, run
 
 import eval as evaluation
 import train as training
@@ -142,11 +143,6 @@ def weights(tiny_config, trained):
     return trained / "ckpts" / "6.ckpt"
 
 
-def quick_distance(mu1, sigma1, mu2, sigma2):
-    """In the place of the Fréchet distance, which takes seconds and is tested by itself."""
-    return float(np.abs(mu1 - mu2).sum() + np.abs(sigma1 - sigma2).sum())
-
-
 def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, inception_assets, tmp_path, monkeypatch):
     """eval.py --metrics and evaluate_npz.py on the same images, as PNGs, as shards or as one .npz: the same numbers."""
     monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
@@ -178,19 +174,36 @@ def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, in
         assert (report["sampling"] == "unknown") == (samples == "images.npz")
 
 
-def test_two_processes_sample_and_score_as_the_sweep_does_alone(tiny_config, weights, inception_assets, tmp_path):
+QUICK_SCORES = """
+import functools, runpy, sys
+sys.path[:0] = [".", "tests"]
+from conftest import quick_distance
+from libs import adm_suite
+
+adm_suite.frechet_distance = quick_distance
+adm_suite.score_sets = functools.partial(adm_suite.score_sets, batch_size=6)
+runpy.run_path("eval.py", run_name="__main__")
+"""
+
+
+def test_two_processes_sample_and_score_as_the_sweep_does_alone(
+    tiny_config, weights, inception_assets, tmp_path, monkeypatch
+):
     """eval.py --metrics shared by two, and the guidance sweep by ADM's suite on one process: the same five scores."""
+    (tmp_path / "quick_scores.py").write_text(QUICK_SCORES)
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "checkpoints").symlink_to(inception_assets / "inception")
     reference = tmp_path / "reference.npz"
     np.savez(reference, np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
-    tiny_config.sample.update(n_samples=66, mini_batch_size=33)  # two batches of images and two of features
+    tiny_config.sample.update(n_samples=10, mini_batch_size=5)  # two batches of images and two of features
     out = tmp_path / "images"
     flags = [*overrides(tiny_config), f"--nnet_path={weights}", f"--IMGsave_path={out}", f"--metrics={reference}"]
-    done = run("eval.py", *flags, processes=2, env={"TORCH_HOME": str(tmp_path)})
+    done = run(tmp_path / "quick_scores.py", *flags, processes=2, env={"TORCH_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "images_report" / "metrics.json").read_text())
 
+    monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
+    monkeypatch.setattr(sweep_guidance, "score_sets", functools.partial(adm_suite.score_sets, batch_size=6))
     sample = tiny_config.sample
     setting = Setting(sample.scale, sample.scale_pow, None, sample.sample_steps)
     scorer = sweep_guidance.AdmScorer(reference, find_inception(inception_assets))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run
+from forked import run_forked
 from PIL import Image
 from test_pipeline import save_weights
 from tqdm import tqdm
@@ -81,7 +82,7 @@ def test_the_program_draws_the_grid_and_the_trajectory(weights, model, tmp_path)
 def test_without_classes_it_takes_the_first_ten(tiny_config, weights, tmp_path):
     """Of three; drawn as when they are named."""
     for name, flags in (("a.png", ()), ("b.png", ("--classes", "0,1,2"))):
-        done = run("scripts/sample.py", "--nnet_path", weights, *flags, "--steps", 3, "--grid", tmp_path / name)
+        done = run_forked("scripts/sample.py", "--nnet_path", weights, *flags, "--steps", 3, "--grid", tmp_path / name)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 

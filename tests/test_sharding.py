@@ -4,11 +4,9 @@ As a program under a launcher (`tests/test_sharding.py WHAT ...`) this file is w
 """
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -16,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_config, overrides
+from conftest import load_config, overrides
+from forked import Forked
 from test_train import assert_same_checkpoint, losses
 
 import train as training
@@ -31,7 +30,7 @@ def column(workdir, name) -> list[float]:
     return [json.loads(line)[name] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def start_ranks(*command, processes=2, own=None, **env) -> list[subprocess.Popen]:
+def start_ranks(*command, processes=2, own=None, **env) -> list[Forked]:
     """Processes of a run without a launcher between: a test can stop one of them, and nothing else has to start.
 
     `own`: further words for each of them.
@@ -40,17 +39,10 @@ def start_ranks(*command, processes=2, own=None, **env) -> list[subprocess.Popen
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
-    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    common = {**env, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [sys.executable, *map(str, command), *own[rank]],
-            cwd=ROOT,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Forked(*command, *own[rank], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
     ]
 

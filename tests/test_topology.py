@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, make_tiny_config, overrides, run
+from forked import Forked
 from test_train import losses
 
 import train as training
@@ -126,15 +127,9 @@ def test_moved_from_two_processes_to_one_to_four(config, straight, half_of_two, 
 def test_a_lost_process_ends_the_others_with_one_line(config, tmp_path):
     """Ranks started without a launcher, which would end the other one itself."""
     config.train.update(n_steps=100_000, save_interval=100_000)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "train.py", *overrides(config), f"--workdir={tmp_path}"]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**env, "RANK": str(k), "LOCAL_RANK": str(k)}, stderr=subprocess.PIPE, text=True
-        )
-        for k in range(2)
-    ]
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = ["train.py", *overrides(config), f"--workdir={tmp_path}"]
+    ranks = [Forked(*command, env={**env, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(2)]
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 3:

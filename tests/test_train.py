@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_config, overrides, run
+from forked import run_forked
 from PIL import Image
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -233,7 +234,7 @@ def test_errors_on_the_command_line_are_one_message(tmp_path, flags, message):
         (tmp_path / f"{name}.py").write_text(body)
     (tmp_path / "empty.py").write_text("")
     flags = [flag.replace("BAD", str(tmp_path)) for flag in flags]
-    done = run("train.py", *flags, f"--workdir={tmp_path / 'w'}")
+    done = run_forked("train.py", *flags, f"--workdir={tmp_path / 'w'}")
     assert done.returncode != 0 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "w").exists()
 
