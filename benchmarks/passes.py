@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 import utils
+from libs import depthwise
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,6 +129,7 @@ def count(network, inputs, dtype, training):
     with (
         pretended_card(),
         mock.patch.object(graph.GraphLowering, "compile_to_module", compile_to_module),
+        mock.patch.object(depthwise, "lays_weights_out", lambda x: False),  # it would ask for the device
         config.patch(fx_graph_cache=False),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
         torch.set_grad_enabled(training),

@@ -48,7 +48,7 @@ def depthwise_conv(
     if kernel not in KERNELS or k % 2 == 0:
         raise ValueError(f"expected an odd kernel and one of {', '.join(KERNELS)}; found {k} and {kernel!r}")
     if kernel == "torch":
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if torch.compiler.is_compiling() and not lays_weights_out(x):
             dtype = product_dtype(x)
             y = image_convolution(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         else:
@@ -76,9 +76,14 @@ def as_image_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 # --- PyTorch's convolution as one operation ---------------------------------------------------------------------------
-# For compiled training: the compiler of PyTorch 2.14 copies what a depthwise convolution's backward pass reads to a
-# layout that is neither channels-last nor contiguous (counted by benchmarks/passes.py), and PyTorch copies it back. It
-# does not look into these.
+# For torch.compile, which does not look into it. Where it did, the compiler of PyTorch 2.14 copied what the backward
+# pass of a depthwise convolution reads to a layout that is neither channels-last nor contiguous, for PyTorch to copy it
+# back, and fused less of what is around the convolution (counted by benchmarks/passes.py).
+
+
+def lays_weights_out(x: Tensor) -> bool:
+    """Does the compiler gain more by seeing the convolution, whose weights it can lay out once? (On CPUs, sampling.)"""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 @torch.library.custom_op("dimr::image_convolution", mutates_args=())

@@ -1,14 +1,20 @@
 """torch.compile of the network: one graph, fixed shapes, the same numbers. The code generator itself is left out."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import load_config
 from functorch.compile import make_boxed_func
+from test_network import COARSE, FINE, inputs
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eval as evaluation
 import sde
 import utils
+from benchmarks import passes
+from libs.dimr import DiMR
 
 MODELS = ["DiMR-XL-2R_imagenet256", "DiMR-XL-3R_imagenet512"]
 
@@ -117,3 +123,18 @@ def test_weights_are_frozen_into_a_translation_when_final(monkeypatch, final):
     utils.compile_network(nnet, "whole", final_weights=final)
     nnet(None, None, None)
     assert seen == [final] and not torch._inductor.config.freezing
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="counts what the compiler of PyTorch 2.14 makes of it")
+def test_features_are_not_copied_to_another_layout_on_a_gpu():
+    """In the compiler's list of kernels for a GPU no pass around a depthwise convolution moves an array and no more."""
+    stages = [dataclasses.replace(stage, depth=1) for stage in (COARSE, FINE)]
+    with FakeTensorMode():
+        found = passes.count(DiMR(stages, n_classes=5).forward, inputs(), torch.bfloat16, training=True)
+    assert list(found) == ["forward", "backward"]
+    for made in (*found["forward"], *found["backward"]):
+        if made.kind == "fused pass" and made.lines and all(line.startswith("depthwise") for line in made.lines):
+            assert len(made.reads) > 1 or sum(made.reads.values()) != sum(made.writes.values()), made
+    # 4 products in the Transformer block (a gated MLP takes 2), 2 in the other, 1 between the branches
+    counts = [sum(made.kind == "matrix product" for made in made_of) for made_of in found.values()]
+    assert counts == [7, 14]
