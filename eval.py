@@ -280,8 +280,10 @@ def checkpoint_step(weights: Path) -> int | None:
     return int(folder.stem) if folder.suffix == ".ckpt" and folder.stem.isdigit() else None
 
 
-def open_networks(config: ml_collections.ConfigDict, nnet_path: str, device: torch.device) -> tuple[dict, dict]:
-    """What sampling computes with, ready on `device`, None where there is none, and the files that were read.
+def open_networks(
+    config: ml_collections.ConfigDict, nnet_path: str, accelerator: accelerate.Accelerator
+) -> tuple[dict, dict]:
+    """What sampling computes with, ready on the device, None where there is none, and the files that were read.
 
     ({"nnet", "weaker", "autoencoder"}, {"nnet", "weaker"}). What config.sample.compile=auto stands for is put in its
     place: it decides the images' last bits.
@@ -289,6 +291,7 @@ def open_networks(config: ml_collections.ConfigDict, nnet_path: str, device: tor
     Raises:
         ValueError, OSError: settings or files that do not fit.
     """
+    device = accelerator.device
     weights = find_weights(nnet_path)
     state = read_state_dict(weights)
     utils.check_trained_as(config, weights)
@@ -297,6 +300,7 @@ def open_networks(config: ml_collections.ConfigDict, nnet_path: str, device: tor
     weaker, weaker_weights = utils.open_weaker_network(config, device)
     config.sample.compile = utils.choose_compile(config.sample.compile, device)
     for network in [nnet, weaker] if weaker else [nnet]:
+        utils.round_weights(network, accelerator.mixed_precision)
         utils.choose_depthwise_kernel(network, config.sample.depthwise_kernel, "config.sample.depthwise_kernel", device)
         utils.compile_network(network, config.sample.compile, final_weights=True)
     autoencoder = utils.open_autoencoder(config, device)
@@ -328,7 +332,7 @@ def evaluate(
     accelerator = program.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
-    networks, files = open_networks(config, nnet_path, accelerator.device)
+    networks, files = open_networks(config, nnet_path, accelerator)
     nnet, weaker, autoencoder = networks["nnet"], networks["weaker"], networks["autoencoder"]
     weights = files["nnet"]
 

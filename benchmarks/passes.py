@@ -244,6 +244,8 @@ def main():
     begun = time.time()
     with FakeTensorMode():
         nnet = utils.build_network(settings).train(args.task == "train")
+        if args.task == "sample":
+            utils.round_weights(nnet, args.precision)
         if args.triton:
             nnet.use_depthwise_kernel("triton")
         batch = torch.empty(args.batch, dtype=torch.long)

@@ -77,6 +77,8 @@ class Variant:
             utils.choose_depthwise_kernel(self.nnet, "triton", f"the kernel of variant {name}", self.device)
         if rest:
             self.nnet.recompute(int(rest[0].removeprefix("recompute")), "products" in rest)
+        if args.task == "sample" and way in ("eager", "compiled"):
+            utils.round_weights(self.nnet, precision)
         self.weights = (1.0,) if way == "dit" else utils.loss_weights(config)
         self.schedule = sde.get_schedule(config.schedule)
         if way == "compiled":

@@ -76,8 +76,7 @@ def scaled_layer_norm_of_parts(parts: list[Tensor], gain: Tensor, shift: Tensor,
     the parts. Variance is mean square less squared mean, which loses digits where a mean is far larger than the spread.
     """
     wide = [part.to(at_least_float32(part)) for part in parts]
-    mean = torch.stack([x.mean(dim=-1, keepdim=True) for x in wide]).mean(0)
-    square = torch.stack([x.square().mean(dim=-1, keepdim=True) for x in wide]).mean(0)
+    mean, square = (sum(x.pow(power).mean(dim=-1, keepdim=True) for x in wide) / len(wide) for power in (1, 2))
     inverse = torch.rsqrt((square - mean.square()).clamp_min(0) + LAYER_NORM_EPS)
     gains, shifts = gain.chunk(len(parts), dim=-1), shift.chunk(len(parts), dim=-1)
 

@@ -75,6 +75,8 @@ class Model:
         self.nnet = utils.build_network(self.config).to(device).eval().requires_grad_(False)
         load_weights(self.nnet, state, str(file))
         self.weaker, _ = utils.open_weaker_network(self.config, device)
+        for network in [self.nnet, self.weaker] if self.weaker else [self.nnet]:
+            utils.round_weights(network, self.accelerator.mixed_precision)
         self.autoencoder = utils.open_autoencoder(self.config, device)
         self.schedule = sde.get_schedule(self.config.schedule)
         self.names = utils.class_names(self.config, file)

@@ -249,7 +249,7 @@ def sweep(
     accelerator = program.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
-    networks, files = evaluation.open_networks(config, nnet_path, accelerator.device)
+    networks, files = evaluation.open_networks(config, nnet_path, accelerator)
     weights = files["nnet"]
     loaded = {"networks": networks, "files": (weights, files["weaker"])}
     rows = [(setting, score_of(setting, config, out, loaded, scorer, accelerator)) for setting in settings]

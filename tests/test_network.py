@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
+import utils
 from libs.dimr import DiMR, GatedGELU, LongSkip, StageSpec
 from libs.norms import (
     NORMS,
@@ -152,6 +153,19 @@ def test_gradients_of_16_bit_features_are_summed_in_float32():
         result += [a.grad.float(), b.grad.float()]
     torch.testing.assert_close(found[0], expected[0], rtol=2e-3, atol=1e-2)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=0.1)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_weights_rounded_once_give_the_same_numbers(precision, dtype):
+    model = small_model().eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+        expected = model(*inputs())
+        utils.round_weights(model, precision)
+        found = model(*inputs())
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            assert parameter.dtype == (dtype if isinstance(module, nn.Linear) else torch.float32)
 
 
 def test_classes_need_a_branch_that_sees_them():
