@@ -203,8 +203,8 @@ SAMPLING_COMPILE = (*COMPILE, "graphs")
 
 
 def choose_compile(how: str, device: torch.device, several: bool = False) -> str:
-    """What auto of `COMPILE` stands for: off on CPUs; on GPUs whole, or blocks where `several` train together, so that
-    the gradients of one block are sent while the next is computed."""
+    """What auto of `COMPILE` stands for: off on CPUs; on GPUs whole, or blocks where `several` train together: the
+    gradients of one block are sent while the next is computed (whole, the compiler would cut the network for that)."""
     if how != "auto":
         return how
     return "off" if device.type == "cpu" else "blocks" if several else "whole"

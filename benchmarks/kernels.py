@@ -86,7 +86,7 @@ def timed(functions, rounds):
     for number in range(rounds + 2):  # the first two warm up
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(4_000_000)  # some 2 ms, in which the host queues the calls: its time is not measured
+        torch.cuda._sleep(20_000_000)  # some 10 ms, in which the host queues the calls: its time is not measured
         begin.record()
         for call in range(CALLS):
             functions[call % len(functions)]()

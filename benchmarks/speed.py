@@ -10,8 +10,9 @@
 "sample" guided sampling without decoding. A variant is WAY-PRECISION[-recomputeK[-products]][-triton]: released
 (benchmarks/released_recipe.py), eager, compiled, or dit (diffusers' DiT-XL/2 at its own size); no, bf16 or fp16;
 triton: depthwise convolutions by the kernels of libs/depthwise_kernels.py, on a GPU.
-Variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them. Each is
-compared with the eager float32 network's outputs. The matrix-multiply ceiling is measured in the same run.
+On a CPU variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them; on
+a GPU one after the other, as its memory need not hold all. Each is compared with the eager float32 network's outputs.
+The matrix-multiply ceiling is measured in the same run.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -168,6 +170,41 @@ def deviation(variant, reference):
     return ((found.float().cpu() - reference).abs().max() / reference.abs().max()).item()
 
 
+@dataclass
+class Result:
+    """What was measured of a variant: seconds of each round, peak memory in GB (NaN on a CPU)."""
+
+    seconds: list[float]
+    memory: float
+    difference: float
+    flops: int
+    dtype: torch.dtype
+
+
+def measure(variants, rounds, reference):
+    """{name: Result} of variants that are timed in turn, the first round not counted."""
+    on_gpu = variants[0].device.type == "cuda"
+    results = {}
+    for variant in variants:
+        difference = float("nan") if variant.way == "dit" else deviation(variant, reference)
+        results[variant.name] = Result([], float("nan"), difference, variant.flops(), variant.dtype)
+    for number in range(rounds + 1):
+        for variant in variants:
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            variant.wait()
+            begun = time.perf_counter()
+            variant.run()
+            variant.wait()
+            if number:
+                results[variant.name].seconds.append(time.perf_counter() - begun)
+            if on_gpu:
+                results[variant.name].memory = torch.cuda.max_memory_allocated() / 1e9
+    return results
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["train", "gradient", "sample"])
@@ -179,6 +216,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     config, device = utils.load_config(args.config), torch.device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, as it is in matrix products
     torch.manual_seed(0)
     nnet = utils.build_network(config)
     for parameter in nnet.parameters():  # so that time, gates and norms do something
@@ -189,26 +227,11 @@ def main():
         reference = plain.sample() if args.task == "sample" else plain.nnet(plain.x, plain.t, plain.y)[-1]
     reference = reference.float().cpu()
     del plain
-    variants, differences = [], []
-    for name in args.variants.split(","):
-        variant = Variant(name, nnet, args, config)
-        differences.append(float("nan") if variant.way == "dit" else deviation(variant, reference))
-        variants.append(variant)
-    seconds = {variant.name: [] for variant in variants}
-    memory = {}
-    for number in range(args.rounds + 1):
-        for variant in variants:
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            variant.wait()
-            begun = time.perf_counter()
-            variant.run()
-            variant.wait()
-            if number:  # the first warms up
-                seconds[variant.name].append(time.perf_counter() - begun)
-            if device.type == "cuda":
-                memory[variant.name] = torch.cuda.max_memory_allocated() / 1e9
+    names = args.variants.split(",")
+    results = {}
+    for together in [[name] for name in names] if device.type == "cuda" else [names]:
+        results |= measure([Variant(name, nnet, args, config) for name in together], args.rounds, reference)
+        torch._dynamo.reset()
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, CPU"
     print(
@@ -218,16 +241,15 @@ def main():
     )
     print("| variant | seconds | images/s | ratio | TFLOP/s | share of ceiling | peak GB | deviation |")
     print("|---|---|---|---|---|---|---|---|")
-    ceilings = {dtype: matmul_ceiling(device, dtype) for dtype in {variant.dtype for variant in variants}}
-    first = statistics.median(seconds[variants[0].name])
-    for variant, difference in zip(variants, differences, strict=True):
-        times = seconds[variant.name]
-        median = statistics.median(times)
-        rate = variant.flops() / median
+    ceilings = {dtype: matmul_ceiling(device, dtype) for dtype in {result.dtype for result in results.values()}}
+    first = statistics.median(results[names[0]].seconds)
+    for name, result in results.items():
+        median = statistics.median(result.seconds)
+        rate = result.flops / median
         print(
-            f"| {variant.name} | {median:.3f} ({min(times):.3f} to {max(times):.3f}) | {args.batch / median:.3g} "
-            f"| {first / median:.2f} | {rate / 1e12:.3f} | {rate / ceilings[variant.dtype]:.0%} "
-            f"| {memory.get(variant.name, float('nan')):.1f} | {difference:.1e} |",
+            f"| {name} | {median:.3f} ({min(result.seconds):.3f} to {max(result.seconds):.3f}) "
+            f"| {args.batch / median:.3g} | {first / median:.2f} | {rate / 1e12:.3f} "
+            f"| {rate / ceilings[result.dtype]:.0%} | {result.memory:.1f} | {result.difference:.1e} |",
             flush=True,
         )
 

@@ -50,7 +50,8 @@ def depthwise_conv(
     if kernel == "torch":
         if torch.compiler.is_compiling() and not lays_weights_out(x):
             dtype = product_dtype(x)
-            y = image_convolution(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            y = image_convolution(x.to(dtype), weight.to(dtype))
+            y = y if bias is None else y + bias.to(dtype)  # where the compiler adds it to what it adds anyway
         else:
             y = as_image_convolution(x, weight, bias)
         return x + y if residual else y
@@ -87,45 +88,42 @@ def lays_weights_out(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("dimr::image_convolution", mutates_args=())
-def image_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`as_image_convolution`."""
-    return as_image_convolution(x.contiguous(), weight, bias).contiguous()
+def image_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """`as_image_convolution` without a bias."""
+    return as_image_convolution(x.contiguous(), weight, None).contiguous()
 
 
 @torch.library.custom_op("dimr::image_convolution_gradients", mutates_args=())
-def image_convolution_gradients(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
-    """Gradients of x, the weights and the bias; an empty tensor for those that are not `needed`."""
+def image_convolution_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> list[Tensor]:
+    """Gradients of x and the weights; an empty tensor for one that is not asked for."""
     dim, _, k, _ = weight.shape
     grad, x = (rearrange(a.contiguous(), "B h w D -> B D h w") for a in (grad, x))
-    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
-        grad, x, weight, [dim], [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], dim, needed
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], dim, [of_x, of_weight, False]
     )
     return [
-        rearrange(of_x, "B D h w -> B h w D").contiguous() if needed[0] else x.new_empty(0),
-        of_weight.contiguous() if needed[1] else x.new_empty(0),
-        of_bias if needed[2] else x.new_empty(0),
+        rearrange(grad_x, "B D h w -> B h w D").contiguous() if of_x else x.new_empty(0),
+        grad_weight.flatten().view(weight.shape) if of_weight else x.new_empty(0),  # with the strides of the weights
     ]
 
 
 @image_convolution.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @image_convolution_gradients.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
-    shapes = x.shape, weight.shape, weight.shape[:1]
-    return [x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, needed, strict=True)]
+def _(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> list[Tensor]:
+    return [x.new_empty(x.shape if of_x else 0), x.new_empty(weight.shape if of_weight else 0)]
 
 
 def keep_image(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(*inputs)
 
 
 def image_gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad)
-    gradients = image_convolution_gradients(grad, *ctx.saved_tensors, needed)
+    needed = ctx.needs_input_grad
+    gradients = image_convolution_gradients(grad, *ctx.saved_tensors, *needed)
     return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True))
 
 

@@ -129,9 +129,28 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x, t))
-        q, k, v = rearrange(qkv, "B N (three heads d) -> three B heads N d", three=3, heads=self.num_heads)
+        z = self.norm(x, t)
+        if z.shape[-1] // self.num_heads % 8 and wants_full_heads(z):
+            return self.with_full_heads(z)
+        q, k, v = rearrange(self.qkv(z), "B N (three heads d) -> three B heads N d", three=3, heads=self.num_heads)
         return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "B heads N d -> B N (heads d)"))
+
+    def with_full_heads(self, z: Tensor) -> Tensor:
+        """The same numbers from heads made a multiple of 8 wide by rows of zeros in the weights."""
+        heads, dtype = self.num_heads, product_dtype(z)
+        d = z.shape[-1] // heads
+        into = rearrange(self.qkv.weight.to(dtype), "(three heads d) D -> three heads d D", three=3, d=d)
+        into = rearrange(F.pad(into, (0, 0, 0, -d % 8)), "three heads d D -> (three heads d) D")
+        q, k, v = rearrange(F.linear(z, into), "B N (three heads d) -> three B heads N d", three=3, heads=heads)
+        x = rearrange(F.scaled_dot_product_attention(q, k, v, scale=d**-0.5), "B heads N d -> B N (heads d)")
+        back = F.pad(rearrange(self.out.weight.to(dtype), "D (heads d) -> D heads d", d=d), (0, -d % 8))
+        return F.linear(x, rearrange(back, "D heads d -> D (heads d)"), self.out.bias.to(dtype))
+
+
+def wants_full_heads(z: Tensor) -> bool:
+    """Attention on GPUs takes heads of a multiple of 8 and copies others, q, k and v each, to the next one (XL's 60 to
+    64). Padding the weights avoids that; without a compiler it would be a copy itself."""
+    return torch.compiler.is_compiling() and z.device.type == "cuda"
 
 
 class TransformerBlock(nn.Module):

@@ -3,6 +3,7 @@
 Everything is summed on the device and read when a log line is written, so no step waits for the device.
 """
 
+import itertools
 import time
 
 import torch
@@ -68,30 +69,31 @@ class StepTimer:
         """Start again from now; also after what is not training time, such as sampling."""
         self.seconds, self.pending, self.steps = dict.fromkeys(self.PARTS, 0.0), [], 0
         self.started = self.last = time.perf_counter()
+        if self.events:
+            self.note("")
+
+    def note(self, part: str) -> None:
+        """An event at the end of `part`: the device works behind the host, and is asked later when it came there."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.pending.append((part, event))
 
     def mark(self, part: str) -> None:
-        """The time since the last mark belonged to `part`; the last part ends the step."""
-        if self.events and part != "data":  # the device works behind the host: note events, read them later
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.pending.append((part, event))
-        now = time.perf_counter()
-        if part == "data" or not self.events:
+        """The time since the last mark belonged to `part`, on a GPU the device's; the last part ends the step."""
+        if self.events:
+            self.note(part)
+        else:
+            now = time.perf_counter()
             self.seconds[part] += now - self.last
-            if self.events:
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()
-                self.pending.append(("", event))
-        self.last = now
+            self.last = now
         self.steps += part == self.PARTS[-1]
 
     def read(self) -> dict[str, float]:
         """Mean seconds per step by part and in all, and start again. Waits for the device."""
         if self.pending:
             torch.cuda.synchronize()
-        for (_, before), (part, event) in zip(self.pending, self.pending[1:], strict=False):
-            if part:
-                self.seconds[part] += before.elapsed_time(event) / 1000
+        for (_, before), (part, event) in itertools.pairwise(self.pending):
+            self.seconds[part] += before.elapsed_time(event) / 1000
         steps = max(self.steps, 1)
         result = {f"seconds_per_step/{part}": seconds / steps for part, seconds in self.seconds.items()}
         result["seconds_per_step/all"] = (time.perf_counter() - self.started) / steps

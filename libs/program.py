@@ -37,7 +37,8 @@ def make_accelerator(**kwargs) -> accelerate.Accelerator:
             f"{'a CPU' if on_cpu else 'a GPU'}; found {precision}"
         )
     timeout = accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)
-    return accelerate.Accelerator(cpu=on_cpu, kwargs_handlers=[timeout], **kwargs)
+    in_place = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
+    return accelerate.Accelerator(cpu=on_cpu, kwargs_handlers=[timeout, in_place], **kwargs)
 
 
 def finish(accelerator: accelerate.Accelerator) -> None:

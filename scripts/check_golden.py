@@ -293,6 +293,7 @@ def main() -> int:
     parser.add_argument("--precision", default="no", choices=PRECISIONS, help="of the network, by autocast")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, on a GPU too
     way = Way(arguments.compile, arguments.precision, arguments.device)
     failures = 0
     for path in arguments.files:

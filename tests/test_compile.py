@@ -14,7 +14,9 @@ import eval as evaluation
 import sde
 import utils
 from benchmarks import passes
-from libs.dimr import DiMR
+from libs import dimr
+from libs.dimr import Attention, DiMR
+from libs.norms import TDRMSNorm
 
 MODELS = ["DiMR-XL-2R_imagenet256", "DiMR-XL-3R_imagenet512"]
 
@@ -123,6 +125,21 @@ def test_weights_are_frozen_into_a_translation_when_final(monkeypatch, final):
     utils.compile_network(nnet, "whole", final_weights=final)
     nnet(None, None, None)
     assert seen == [final] and not torch._inductor.config.freezing
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_heads_made_wider_give_the_same_numbers(monkeypatch, heads):
+    """As on a GPU, where heads of no multiple of 8 would be copied: here of 24, 12 and 6."""
+    torch.manual_seed(0)
+    attention = Attention(24, heads, TDRMSNorm)
+    x, t = torch.randn(2, 7, 24, requires_grad=True), torch.rand(2)
+    leaves = [x, *attention.parameters()]
+    expected = attention(x, t)
+    monkeypatch.setattr(dimr, "wants_full_heads", lambda z: True)
+    found = attention(x, t)
+    along = torch.randn_like(found)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, leaves, along) for y in (found, expected)))
 
 
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="counts what the compiler of PyTorch 2.14 makes of it")

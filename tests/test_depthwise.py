@@ -21,26 +21,25 @@ def test_pytorchs_is_the_module_bit_for_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_one_operation_it_is_pytorchs_bit_for_bit(dtype):
     torch.manual_seed(0)
-    weight, bias = torch.randn(6, 1, 7, 7, dtype=dtype), torch.randn(6, dtype=dtype)
-    leaves = [leaf.requires_grad_() for leaf in (torch.randn(2, 5, 9, 6, dtype=dtype), weight, bias)]
-    expected, found = (function(*leaves) for function in (depthwise.as_image_convolution, depthwise.image_convolution))
+    x, weight = torch.randn(2, 5, 9, 6, dtype=dtype), torch.randn(6, 1, 7, 7, dtype=dtype)
+    leaves = [leaf.requires_grad_() for leaf in (x, weight)]
+    expected, found = depthwise.as_image_convolution(*leaves, None), depthwise.image_convolution(*leaves)
     assert torch.equal(found, expected)
     along = torch.randn(found.shape, dtype=dtype)
     gradients = torch.autograd.grad(expected, leaves, along)
     for ours, pytorchs in zip(torch.autograd.grad(found, leaves, along), gradients, strict=True):
         assert torch.equal(ours, pytorchs)
-    for i, leaf in enumerate(leaves):  # with the others frozen
+    for i, leaf in enumerate(leaves):  # with the other frozen
         alone = depthwise.image_convolution(*(other if other is leaf else other.detach() for other in leaves))
-        assert torch.equal(torch.autograd.grad(alone, leaf, along)[0], gradients[i])
+        gradient = torch.autograd.grad(alone, leaf, along)[0]
+        assert torch.equal(gradient, gradients[i]) and gradient.stride() == leaf.stride()
 
 
 def test_as_one_operation_it_is_registered_well():
-    x, weight, bias = torch.randn(2, 3, 4, 6), torch.randn(6, 1, 3, 3), torch.randn(6)
-    arguments = [leaf.requires_grad_() for leaf in (x, weight, bias)]
-    torch.library.opcheck(depthwise.image_convolution, arguments)
-    torch.library.opcheck(depthwise.image_convolution, (x, weight, None))
-    for needed in ([True] * 3, [True, False, False], [False, True, True]):
-        torch.library.opcheck(depthwise.image_convolution_gradients, (x.detach(), x.detach(), weight.detach(), needed))
+    x, weight = torch.randn(2, 3, 4, 6), torch.randn(6, 1, 3, 3)
+    torch.library.opcheck(depthwise.image_convolution, (x.requires_grad_(), weight.requires_grad_()))
+    for needed in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(depthwise.image_convolution_gradients, (x.detach(), x.detach(), weight.detach(), *needed))
 
 
 def test_kernels_in_the_interpreter():

@@ -13,6 +13,12 @@ from libs.randomness import step_draws
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    """cuDNN's convolutions take TensorFloat-32, of 10 bits, unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "k"), [((5, 32, 32, 480), 7), ((2, 9, 35, 33), 5), ((1, 2, 3, 40), 3)])
 def test_depthwise_kernels(shape, k, dtype):
@@ -30,8 +36,7 @@ def test_depthwise_kernels(shape, k, dtype):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_network_with_depthwise_kernels(compiled, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_a_network_with_depthwise_kernels(compiled):
     model, arguments = small_model().cuda(), [tensor.cuda() for tensor in inputs()]
     gradients = []
     for kernel in ("torch", "triton"):
