@@ -6,13 +6,13 @@ worker process would have to copy them through shared memory, which costs severa
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from libs.latents import LatentStore
+from libs.transfer import threads
 
 
 def read_ahead(
@@ -36,7 +36,7 @@ def read_ahead(
         return tuple(tensor.pin_memory() if pin_memory else tensor for tensor in tensors)
 
     batches = iter(batches)
-    pool = ThreadPoolExecutor(n_threads)
+    pool = threads(n_threads)
     try:
         pending = deque(pool.submit(read, indices) for indices in islice(batches, n_threads * depth))
         while pending:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from libs.files import replacing
+from libs.transfer import threads
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"
@@ -136,7 +137,7 @@ class SetWriter:
 
     def __init__(self, folder: Path, n_threads: int = 4, depth: int = 3):
         self.folder, self.depth = folder, depth
-        self.pool = ThreadPoolExecutor(n_threads)
+        self.pool = threads(n_threads)
         self.pending: deque[list[Future]] = deque()
 
     def put(self, indices: range, images: Callable[[], np.ndarray], labels: Sequence[int], files: list[Path]) -> None:

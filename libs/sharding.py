@@ -33,7 +33,8 @@ def shard(nnet: DiMR, copies: Iterable[nn.Module], device: torch.device) -> None
 
     Units that are made whole one at a time: each block, skip and upsampling; the rest of the network together. Weights
     stay float32 and mixed precision is autocast's, as without sharding: a 16-bit copy of the time-dependent vectors
-    would move the gates of `libs.norms.TimeDependentVector`, whose argument goes up to the number of timesteps.
+    would move the gates of `libs.norms.TimeDependentVector`, whose argument goes up to the number of timesteps. What
+    backward needs of the weights is kept until then in autocast's precision, whole, but for blocks computed again.
 
     Args:
         copies: networks of the same architecture that are not trained (averages): their parameters are cut alike, but

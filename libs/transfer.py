@@ -1,9 +1,17 @@
 """Copies between host and device that the host does not wait for, so that the device never runs out of work."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+
+def threads(number: int) -> ThreadPoolExecutor:
+    """Threads whose current GPU is this thread's: that of a new thread is the first, where it would take memory."""
+    if not torch.cuda.is_initialized():
+        return ThreadPoolExecutor(number)
+    return ThreadPoolExecutor(number, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
