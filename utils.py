@@ -253,8 +253,8 @@ def round_weights(nnet: nn.Module, precision: str) -> None:
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     for module in nnet.modules() if dtype else ():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
+        for name, weight in module.named_parameters(recurse=False) if isinstance(module, nn.Linear) else ():
+            setattr(module, name, nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad))
 
 
 def packing_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

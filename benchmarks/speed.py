@@ -1,15 +1,16 @@
 """Training and sampling speed of a config's network beside the released recipe and DiT-XL/2, one table per run.
 
     python benchmarks/speed.py train --config=configs/DiMR-XL-2R_imagenet256.py --batch=64 \
-        --variants=released-no,eager-bf16,compiled-bf16,compiled-bf16-recompute1,dit-bf16
+        --variants=released-no,eager-bf16,compiled-bf16,compiled-bf16-recompute1,dit_compiled-bf16
     python benchmarks/speed.py gradient --config=configs/DiMR-XL-2R_imagenet256.py --batch=2 \
         --variants=released-no,eager-no
     python benchmarks/speed.py sample --config=configs/digits.py --batch=50 --steps=20 --variants=released-no,eager-no
 
 "train" times whole training steps (forward, backward, optimiser, one average), "gradient" forward and backward alone,
-"sample" guided sampling without decoding. A variant is WAY-PRECISION[-recomputeK[-products]][-triton]: released
-(benchmarks/released_recipe.py), eager, compiled, or dit (diffusers' DiT-XL/2 at its own size); no, bf16 or fp16;
-triton: depthwise convolutions by the kernels of libs/depthwise_kernels.py, on a GPU.
+"sample" guided sampling without decoding. A variant is WAY-PRECISION[-recomputeK[-products]][-triton]. WAY: released
+(benchmarks/released_recipe.py); eager, compiled (whole), blocks, graphs (see config.sample.compile); dit, dit_compiled
+(diffusers' DiT-XL/2 at its size). PRECISION: no, bf16 or fp16. triton: depthwise convolutions by the kernels of
+libs/depthwise_kernels.py, on a GPU.
 On a CPU variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them; on
 a GPU one after the other, as its memory need not hold all. Each is compared with the eager float32 network's outputs.
 The matrix-multiply ceiling is measured in the same run.
@@ -39,6 +40,8 @@ from libs.ema import EMA
 from libs.optim import clip_or_skip, make_adamw
 from libs.solvers import dpm_solver_fast
 
+COMPILED = {"compiled": "whole", "blocks": "blocks", "graphs": "graphs"}
+PEERS = ("dit", "dit_compiled")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,14 +66,16 @@ class Variant:
     def __init__(self, name: str, nnet, args, config):
         self.name = name
         way, precision, *rest = name.split("-")
-        ways = ("eager", "compiled") if "triton" in rest else ("released", "eager", "compiled", "dit")
+        ways = ("eager", *COMPILED) if "triton" in rest else ("released", "eager", *COMPILED, *PEERS)
         if way not in ways or precision not in DTYPES:
             raise SystemExit(f"error: no variant {name!r}: expected WAY-PRECISION[-recomputeK[-products]][-triton]")
         self.way, self.dtype, self.args, self.config = way, DTYPES[precision], args, config
         self.device = torch.device(args.device)
-        if way == "dit":
+        if way in PEERS:
             torch.manual_seed(0)
             self.nnet = DiT()
+            if way == "dit_compiled":
+                self.nnet.model.forward = torch.compile(self.nnet.model.forward, dynamic=False)
         else:
             self.nnet = ReleasedRecipe(nnet) if way == "released" else copy.deepcopy(nnet)
         self.nnet.to(self.device).train(args.task != "sample")
@@ -79,12 +84,12 @@ class Variant:
             utils.choose_depthwise_kernel(self.nnet, "triton", f"the kernel of variant {name}", self.device)
         if rest:
             self.nnet.recompute(int(rest[0].removeprefix("recompute")), "products" in rest)
-        if args.task == "sample" and way in ("eager", "compiled"):
+        if args.task == "sample" and way not in ("released", *PEERS):
             utils.round_weights(self.nnet, precision)
-        self.weights = (1.0,) if way == "dit" else utils.loss_weights(config)
+        self.weights = (1.0,) if way in PEERS else utils.loss_weights(config)
         self.schedule = sde.get_schedule(config.schedule)
-        if way == "compiled":
-            utils.compile_network(self.nnet, "whole", final_weights=args.task == "sample")
+        if way in COMPILED:
+            utils.compile_network(self.nnet, COMPILED[way], final_weights=args.task == "sample")
         generator = torch.Generator().manual_seed(1)
         shape = (args.batch, *config.z_shape)
         n_classes = max(config.dataset.n_classes, 1)
@@ -141,7 +146,7 @@ class Variant:
         """Operations of one `run` that the arithmetic needs: no recomputation, two per multiply-add."""
         with torch.device("meta"):
             inputs = self.x[:1].to("meta"), self.t[:1].to("meta"), self.y[:1].to("meta")
-        plain = DiT() if self.way == "dit" else utils.build_network(self.config)
+        plain = DiT() if self.way in PEERS else utils.build_network(self.config)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             plain.to("meta")(*inputs)
         passes = 2 * self.args.steps if self.args.task == "sample" else 3
@@ -186,7 +191,7 @@ def measure(variants, rounds, reference):
     on_gpu = variants[0].device.type == "cuda"
     results = {}
     for variant in variants:
-        difference = float("nan") if variant.way == "dit" else deviation(variant, reference)
+        difference = float("nan") if variant.way in PEERS else deviation(variant, reference)
         results[variant.name] = Result([], float("nan"), difference, variant.flops(), variant.dtype)
     for number in range(rounds + 1):
         for variant in variants:
