@@ -184,7 +184,7 @@ def describe(lowering, node):
         for dependencies, kept in ((part.read_writes.reads, reads), (part.read_writes.writes, writes)):
             for dependency in dependencies:
                 name = dependency.name
-                if kept is (reads if name in inside else None) or (kept is writes and name not in lasting):
+                if name in inside and (kept is reads or name not in lasting):
                     continue  # made and used within
                 kept[name] = max(kept[name], size_of(lowering, name, elements))
     for output in filter(None, getattr(node.node, "outputs", None) or ()):
