@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from libs.norms import product_dtype
+from libs.norms import at_least_float32, product_dtype
 
 try:
     from libs import depthwise_kernels as kernels
@@ -48,7 +48,7 @@ def depthwise_conv(
     if kernel not in KERNELS or k % 2 == 0:
         raise ValueError(f"expected an odd kernel and one of {', '.join(KERNELS)}; found {k} and {kernel!r}")
     if kernel == "torch":
-        if torch.compiler.is_compiling() and not lays_weights_out(x):
+        if as_one_operation(x):
             dtype = product_dtype(x)
             y = image_convolution(x.to(dtype), weight.to(dtype))
             y = y if bias is None else y + bias.to(dtype)  # where the compiler adds it to what it adds anyway
@@ -77,14 +77,16 @@ def as_image_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 # --- PyTorch's convolution as one operation ---------------------------------------------------------------------------
-# For torch.compile, which does not look into it. Where it did, the compiler of PyTorch 2.14 copied what the backward
-# pass of a depthwise convolution reads to a layout that is neither channels-last nor contiguous, for PyTorch to copy it
-# back, and fused less of what is around the convolution (counted by benchmarks/passes.py).
+# So that its backward pass can be chosen. torch.compile does not look into it either: where it did, the compiler of
+# PyTorch 2.14 copied what the backward pass of a depthwise convolution reads to a layout that is neither channels-last
+# nor contiguous, for PyTorch to copy it back, and fused less of what is around the convolution (counted by
+# benchmarks/passes.py).
 
 
-def lays_weights_out(x: Tensor) -> bool:
-    """Does the compiler gain more by seeing the convolution, whose weights it can lay out once? (On CPUs, sampling.)"""
-    return x.device.type == "cpu" and not torch.is_grad_enabled()
+def as_one_operation(x: Tensor) -> bool:
+    """On CPUs, where there are gradients: without, the compiler gains more by seeing the convolution, whose weights it
+    can lay out once. Elsewhere, when compiling."""
+    return torch.is_grad_enabled() if x.device.type == "cpu" else torch.compiler.is_compiling()
 
 
 @torch.library.custom_op("dimr::image_convolution", mutates_args=())
@@ -96,15 +98,31 @@ def image_convolution(x: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("dimr::image_convolution_gradients", mutates_args=())
 def image_convolution_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> list[Tensor]:
     """Gradients of x and the weights; an empty tensor for one that is not asked for."""
+    grad, x, nothing = grad.contiguous(), x.contiguous(), x.new_empty(0)
+    if x.device.type == "cpu":
+        return [
+            as_image_convolution(grad, weight.flip(2, 3), None).contiguous() if of_x else nothing,
+            by_large_kernels(grad, x, weight) if of_weight else nothing,
+        ]
     dim, _, k, _ = weight.shape
-    grad, x = (rearrange(a.contiguous(), "B h w D -> B D h w") for a in (grad, x))
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], dim, [of_x, of_weight, False]
+        *(rearrange(a, "B h w D -> B D h w") for a in (grad, x)),
+        *(weight, None, [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], dim, [of_x, of_weight, False]),
     )
     return [
-        rearrange(grad_x, "B D h w -> B h w D").contiguous() if of_x else x.new_empty(0),
-        grad_weight.flatten().view(weight.shape) if of_weight else x.new_empty(0),  # with the strides of the weights
+        rearrange(grad_x, "B D h w -> B h w D").contiguous() if of_x else nothing,
+        grad_weight.flatten().view(weight.shape) if of_weight else nothing,  # with the strides of the weights
     ]
+
+
+def by_large_kernels(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the weights as a convolution of x by grad, a kernel as large as the grid for each channel of each
+    sample. Several times faster than oneDNN's own, in bfloat16 ten times (benchmarks/results/speed.md)."""
+    dtype, (dim, _, k, _) = at_least_float32(x), weight.shape
+    images = rearrange(x.to(dtype), "B h w D -> 1 (B D) h w")
+    kernels = rearrange(grad.to(dtype), "B h w D -> (B D) 1 h w")
+    taps = F.conv2d(images, kernels, padding=k // 2, groups=len(kernels))
+    return rearrange(taps, "1 (B D) ky kx -> B D 1 ky kx", D=dim).sum(0).to(weight.dtype)
 
 
 @image_convolution.register_fake

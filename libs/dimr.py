@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from libs.depthwise import depthwise_conv
-from libs.norms import NORMS, TDLayerNorm, product_dtype
+from libs.norms import NORMS, TDLayerNorm, at_least_float32, product_dtype
 
 # What costs most of a block's time and little of its memory: kept by a `keep_products` recomputation.
 PRODUCTS = [
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         if z.shape[-1] // self.num_heads % 8 and wants_full_heads(z):
             return self.with_full_heads(z)
         q, k, v = rearrange(self.qkv(z), "B N (three heads d) -> three B heads N d", three=3, heads=self.num_heads)
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "B heads N d -> B N (heads d)"))
+        return self.out(rearrange(attention(q, k, v), "B heads N d -> B N (heads d)"))
 
     def with_full_heads(self, z: Tensor) -> Tensor:
         """The same numbers from heads made a multiple of 8 wide by rows of zeros in the weights."""
@@ -145,6 +145,17 @@ class Attention(nn.Module):
         x = rearrange(F.scaled_dot_product_attention(q, k, v, scale=d**-0.5), "B heads N d -> B N (heads d)")
         back = F.pad(rearrange(self.out.weight.to(dtype), "D (heads d) -> D heads d", d=d), (0, -d % 8))
         return F.linear(x, rearrange(back, "D heads d -> D (heads d)"), self.out.bias.to(dtype))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q, k, v (B, heads, N, d).
+
+    In training on a CPU in float32 whatever came in: the backward pass of PyTorch's 16-bit kernel takes longer there.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(*(part.to(at_least_float32(part)) for part in (q, k, v))).to(q.dtype)
 
 
 def wants_full_heads(z: Tensor) -> bool:

@@ -18,21 +18,34 @@ def test_pytorchs_is_the_module_bit_for_bit():
     assert torch.equal(depthwise.depthwise_conv(x, conv.weight, conv.bias, residual=True), x + expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_one_operation_it_is_pytorchs_bit_for_bit(dtype):
+@pytest.mark.parametrize("size", [(2, 5, 9, 6, 7), (3, 4, 4, 5, 1), (1, 2, 3, 4, 5)])
+def test_as_one_operation_it_has_pytorchs_gradients(size):
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 5, 9, 6, dtype=dtype), torch.randn(6, 1, 7, 7, dtype=dtype)
+    *shape, k = size
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape[-1], 1, k, k, dtype=torch.float64)
     leaves = [leaf.requires_grad_() for leaf in (x, weight)]
     expected, found = depthwise.as_image_convolution(*leaves, None), depthwise.image_convolution(*leaves)
     assert torch.equal(found, expected)
-    along = torch.randn(found.shape, dtype=dtype)
-    gradients = torch.autograd.grad(expected, leaves, along)
-    for ours, pytorchs in zip(torch.autograd.grad(found, leaves, along), gradients, strict=True):
-        assert torch.equal(ours, pytorchs)
+    along = torch.randn(found.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(found, leaves, along)
+    for ours, pytorchs in zip(gradients, torch.autograd.grad(expected, leaves, along), strict=True):
+        torch.testing.assert_close(ours, pytorchs, rtol=1e-12, atol=1e-12)
     for i, leaf in enumerate(leaves):  # with the other frozen
         alone = depthwise.image_convolution(*(other if other is leaf else other.detach() for other in leaves))
         gradient = torch.autograd.grad(alone, leaf, along)[0]
         assert torch.equal(gradient, gradients[i]) and gradient.stride() == leaf.stride()
+
+
+def test_in_bfloat16_the_gradient_of_the_weights_is_summed_in_float32():
+    torch.manual_seed(0)
+    x, weight, along = torch.randn(8, 16, 16, 6), torch.randn(6, 1, 7, 7), torch.randn(8, 16, 16, 6)
+    found, exact = (
+        depthwise.image_convolution_gradients(*(a.bfloat16().to(dtype) for a in (along, x, weight)), True, True)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    for ours, wanted in zip(found, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - wanted).abs().max() <= wanted.abs().max() * 2**-8
 
 
 def test_as_one_operation_it_is_registered_well():
