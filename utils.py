@@ -243,7 +243,7 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
     if how == "graphs":
         nnet.forward = keeping_outputs(nnet.forward)
     if how == "whole" and final_weights and next(nnet.parameters()).device.type == "cpu":
-        nnet.forward = packing_weights(nnet.forward)
+        nnet.forward = with_fixed_weights(nnet.forward)
 
 
 def round_weights(nnet: nn.Module, precision: str) -> None:
@@ -257,11 +257,15 @@ def round_weights(nnet: nn.Module, precision: str) -> None:
             setattr(module, name, nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad))
 
 
-def packing_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """A compiled function that, called without gradients, lays its weights out once for the matrix products."""
+def with_fixed_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A compiled function that, called without gradients, lays its weights out once for the matrix products.
+
+    It also calls its kernels from C++: small ones take less time than Python needs to call them.
+    """
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch._inductor.config.patch(freezing=True):  # read as a call compiles; no option of torch.compile
+        # Read as a call compiles; freezing is no option of torch.compile.
+        with torch._inductor.config.patch(freezing=True, cpp_wrapper=True):
             return forward(*inputs)
 
     return call

@@ -26,6 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch._dynamo.device_interface import get_interface_for_device
 from torch._guards import detect_fake_mode
 from torch._inductor import compile_fx, config, graph, scheduler
@@ -130,6 +131,7 @@ def count(network, inputs, dtype, training):
         pretended_card(),
         mock.patch.object(graph.GraphLowering, "compile_to_module", compile_to_module),
         mock.patch.object(depthwise, "as_one_operation", lambda x: True),  # these would ask for the device
+        mock.patch.object(dimr, "attention", F.scaled_dot_product_attention),
         mock.patch.object(dimr, "wants_full_heads", lambda z: torch.compiler.is_compiling()),
         config.patch(fx_graph_cache=False),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),

@@ -38,6 +38,8 @@ PRODUCTS = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
 
+FEW_TOKENS = 64  # on a CPU: up to these, PyTorch's attention gains nothing and keeps the compiler from fusing
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -150,12 +152,16 @@ class Attention(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q, k, v (B, heads, N, d).
 
-    In training on a CPU in float32 whatever came in: the backward pass of PyTorch's 16-bit kernel takes longer there.
+    On a CPU in float32 whatever came in: PyTorch's 16-bit kernel takes longer there, many times in the backward pass.
     """
-    if q.device.type != "cpu" or not torch.is_grad_enabled():
+    if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
+    dtype = q.dtype
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(*(part.to(at_least_float32(part)) for part in (q, k, v))).to(q.dtype)
+        q, k, v = (part.to(at_least_float32(part)) for part in (q, k, v))
+        if q.shape[-2] > FEW_TOKENS:
+            return F.scaled_dot_product_attention(q, k, v).to(dtype)
+        return ((q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v).to(dtype)
 
 
 def wants_full_heads(z: Tensor) -> bool:
