@@ -116,7 +116,6 @@ def check_model(golden: dict[str, Tensor], metadata: dict[str, str], way: Way = 
     golden = {name: tensor.to(way.device) for name, tensor in golden.items()}
     x, y, t = golden["x"], golden["y"], golden["log_snr"] / 4
     model = load_golden_model(golden, metadata).to(way.device).eval()
-    torch._dynamo.config.recompile_limit = 64  # many shapes and modes of one function
     utils.compile_network(model, way.compile, final_weights=True)
     with torch.no_grad(), way.autocast():
         yield from compare_outputs("outputs", "out", model(x, t, y), golden)

@@ -88,6 +88,25 @@ def test_published_models_are_one_graph_forward_and_backward(graphs, name, dtype
     assert [kind for kind, _ in graphs] == ["forward", "backward"]
 
 
+def test_blocks_of_three_branches_are_compiled_for_all_that_a_run_needs(graphs):
+    """They share their code: three branches in three ways are more than PyTorch's 8 translations of one function."""
+    config = narrow("DiMR-XL-3R_imagenet512")
+    nnet = utils.build_network(config)
+    utils.compile_network(nnet, "blocks")
+
+    def predict(n, n_times):
+        return nnet(torch.randn(n, *config.z_shape), torch.rand(n_times), torch.zeros(n, dtype=torch.int64))
+
+    def run():
+        sum(prediction.mean() for prediction in predict(2, 2)).backward()  # training
+        with torch.no_grad():
+            predict(3, 3)  # the held-out loss
+            predict(4, 1)  # samples
+        return len(graphs)
+
+    assert run() == run()
+
+
 @pytest.mark.parametrize(("interval", "n_graphs"), [(None, 1), ((0.1, 2.0), 2)])
 def test_a_set_is_sampled_without_compiling_again(tiny_config, tmp_path, graphs, interval, n_graphs):
     """The last batch is smaller; with an interval the network also runs on the conditional half alone."""
