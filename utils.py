@@ -233,7 +233,7 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
         final_weights: the weights will not change any more, and no gradient is asked for. On a CPU a network compiled
             whole then keeps them laid out for its matrix products.
     """
-    # Blocks share their code: one function is translated for each branch, each in training, without gradients, and so on.
+    # Blocks share their code: one function is translated for each branch, in training, without gradients, and so on.
     torch._dynamo.config.recompile_limit = 64
     parts = [stage.upsample for stage in nnet.stages[1:]]
     for stage in nnet.stages:
