@@ -1,8 +1,9 @@
 """The released code's way of computing a DiMR, as a baseline: the same numbers by its recipe, in own words.
 
 Every block is computed again in the backward pass; norms make a float32 round trip and are left to automatic
-differentiation; the time-dependent vectors are computed for all modules by a Python loop before the network runs, and
-kept on the modules; queries, keys and values are cast to float32; guidance takes two passes; the host waits every step.
+differentiation, as convolutions are; the time-dependent vectors are computed for all modules by a Python loop before
+the network runs, and kept on the modules; queries, keys and values are cast to float32; guidance takes two passes; the
+host waits every step.
 """
 
 import copy
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from libs.dimr import Attention, DiMR, GatedMLP
+from libs.depthwise import as_image_convolution
+from libs.dimr import Attention, ConvNeXtBlock, DiMR, GatedMLP
 from libs.norms import LAYER_NORM_EPS, RMS_EPS, TDLayerNorm, TDRMSNorm, TimeDependentVector, per_sample
 
 
@@ -45,7 +47,18 @@ def gated_mlp(self, x, t):
     return self.w2(F.gelu(self.w0(z)) * self.w1(z))
 
 
-WAYS = {TDRMSNorm: rms_norm, TDLayerNorm: layer_norm, Attention: attention, GatedMLP: gated_mlp}
+def convnext_block(self, x, t):
+    x = x + as_image_convolution(x, self.depthwise.weight, self.depthwise.bias)
+    return x + self.mlp(x, t)
+
+
+WAYS = {
+    TDRMSNorm: rms_norm,
+    TDLayerNorm: layer_norm,
+    Attention: attention,
+    GatedMLP: gated_mlp,
+    ConvNeXtBlock: convnext_block,
+}
 
 
 class ReleasedRecipe(nn.Module):

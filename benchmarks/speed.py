@@ -38,6 +38,7 @@ import utils
 from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
 from libs.ema import EMA
 from libs.optim import clip_or_skip, make_adamw
+from libs.program import keep_freed_memory
 from libs.solvers import dpm_solver_fast
 
 COMPILED = {"compiled": "whole", "blocks": "blocks", "graphs": "graphs"}
@@ -221,6 +222,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     config, device = utils.load_config(args.config), torch.device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py and eval.py do
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, as it is in matrix products
     torch.manual_seed(0)
     nnet = utils.build_network(config)

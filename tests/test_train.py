@@ -257,3 +257,22 @@ def test_compiled_training_is_the_same_training(tiny_config, tmp_path, monkeypat
     # blocks: those of a branch share a graph (its first may have its input in another layout), as do long skips; a head
     # for each of the two branches, and what joins them
     assert len(graphs) == 1 if how == "whole" else 7 <= len(graphs) <= 8
+
+
+def test_freed_memory_is_kept_on_a_cpu():
+    """Its pages would have to be cleared again for the next tensor."""
+    code = """
+import ctypes, resource, sys, torch
+from libs.program import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults(), hasattr(ctypes.CDLL(None), "mallopt"))
+"""
+    kept, usual = (run("-c", code, how).stdout.split() for how in ("keep", "usual"))
+    if kept[1] == "True":
+        assert 4 * int(kept[0]) < int(usual[0])
