@@ -268,10 +268,9 @@ if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**25)
+    torch.ones(2**22)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults(), hasattr(ctypes.CDLL(None), "mallopt"))
+print([faults() for _ in range(20)][-1], hasattr(ctypes.CDLL(None), "mallopt"))
 """
     kept, usual = (run("-c", code, how).stdout.split() for how in ("keep", "usual"))
     if kept[1] == "True":
