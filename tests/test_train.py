@@ -268,7 +268,7 @@ if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**22)
+    torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print([faults() for _ in range(20)][-1], hasattr(ctypes.CDLL(None), "mallopt"))
 """
