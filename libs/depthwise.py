@@ -117,7 +117,7 @@ def image_convolution_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: b
 
 def by_large_kernels(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """The gradient of the weights as a convolution of x by grad, a kernel as large as the grid for each channel of each
-    sample. Several times faster than oneDNN's own, in bfloat16 ten times (benchmarks/results/speed.md)."""
+    sample. oneDNN's own takes several times as long, most of all in bfloat16."""
     dtype, (dim, _, k, _) = at_least_float32(x), weight.shape
     images = rearrange(x.to(dtype), "B h w D -> 1 (B D) h w")
     kernels = rearrange(grad.to(dtype), "B h w D -> (B D) 1 h w")

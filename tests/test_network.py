@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
 import utils
+from libs import dimr
 from libs.dimr import DiMR, GatedGELU, LongSkip, StageSpec
 from libs.norms import (
     NORMS,
@@ -276,3 +277,18 @@ def test_guidance_reads_nothing_from_the_device():
     assert guided(x, 0.5).device.type == "meta"
     with pytest.raises(RuntimeError, match=r"[Mm]eta"):
         guided(x, 0.5).sum().item()
+
+
+@pytest.mark.parametrize("tokens", [dimr.FEW_TOKENS, dimr.FEW_TOKENS + 1])  # the plain formula, and PyTorch's kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_is_pytorchs(tokens, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 12).to(dtype).requires_grad_() for _ in range(3))
+    found = dimr.attention(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(part.double() for part in (q, k, v))).to(dtype)
+    assert found.dtype == dtype
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2**-7, "atol": 2**-10}
+    torch.testing.assert_close(found, expected, **close)
+    along = torch.randn_like(found)
+    for ours, exact in zip(*(torch.autograd.grad(y, (q, k, v), along) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, exact, **close)
