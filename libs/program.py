@@ -5,6 +5,7 @@ The one module of libs/ that reads flags and the config behind them: here they a
 
 import ctypes
 import gc
+import operator
 import os
 import re
 import runpy
@@ -109,35 +110,38 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Flags from the command line; a mistake in them or in the config file ends in one line."""
+    """Flags from the command line; a mistake in them or in the config file, which is code, ends in one line."""
     try:
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.to_dict  # noqa: B018 (a missing file is reported at the first use only)
         return rest
-    except (flags.Error, AttributeError, LookupError) as error:
-        path = re.search(r"--config[= ](\S+)", " ".join(argv))
-        message = mistake_in_flags(error, path[1] if path else None)
-    except (OSError, ImportError, SyntaxError) as error:
-        message = f"--config could not be read: {str(error).splitlines()[-1].strip()}"
-    sys.exit(f"error: {message}")
+    except Exception as error:
+        sys.exit(f"error: {mistake_in_flags(error, ' '.join(argv))}")
 
 
-def mistake_in_flags(error: Exception, path: str | None) -> str:
-    """What an error says of the config file at `path`, with its line, or else of the command line."""
+def mistake_in_flags(error: Exception, arguments: str) -> str:
+    """What an error says of the config file, with its line, or else of the command line `arguments`."""
+    path = found[1] if (found := re.search(r"--config[= ](\S+)", arguments)) else None
+    kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
     if isinstance(error, flags.Error):  # where the config file raised it, its text is that stack trace
         trace, problem = str(error), str(error).strip().splitlines()[-1]
     else:
         trace = "".join(traceback.format_tb(error.__traceback__))
-        problem = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
+        while error.args and isinstance(error.args[0], Exception):  # ml_collections: an AttributeError of a KeyError
+            error = error.args[0]
+        problem = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     if lines := re.findall(rf'File "{re.escape(str(path))}", line (\d+)', trace):
-        return f"{path}, line {lines[-1]}: {problem}"
+        return f"{path}, line {lines[-1]}: {kind}{problem}".rstrip(": ")
     if isinstance(error, flags.Error):
         return problem
+    if isinstance(error, (OSError, ImportError, SyntaxError)):
+        return f"--config could not be read: {str(error).splitlines()[-1].strip()}"
     if "get_config" in problem:
         return f"--config {path} has no function get_config()"
-    if isinstance(error, IndexError) and path:
-        n_stages = len(runpy.run_path(path)["get_config"]().nnet.stages)
-        problem += f" (the config has {n_stages} stages, 0 to {n_stages - 1})"
+    if path and isinstance(error, (IndexError, TypeError)) and (found := re.search(r"--config\.([\w.]+)\[", arguments)):
+        value = operator.attrgetter(found[1])(runpy.run_path(path)["get_config"]())
+        items = f"{len(value)} items, 0 to {len(value) - 1}" if isinstance(value, (tuple, list)) else "no items"
+        problem += f" (config.{found[1]} has {items})"
     return f"an override names a field that the config does not have: {problem}"
 
 

@@ -235,7 +235,7 @@ def test_command_line_errors(tiny_config, weights, tmp_path):
     for flags, message in (
         (["--cfg=0.4"], "error: the guidance scale"),
         (["extra"], "error: expected only flags"),
-        (["--config.nnet.stages[4].dim=8"], "(the config has 2 stages, 0 to 1)"),
+        (["--config.nnet.stages[4].dim=8"], "(config.nnet.stages has 2 items, 0 to 1)"),
         ([f"--IMGsave_path={weights / 'state.json'}"], "or set --IMGsave_path"),
         ([f"--IMGsave_path={weights / 'state.json' / 'images'}"], "or set --IMGsave_path"),
         (["--IMGsave_path=/proc/nope/x"], "or set --IMGsave_path"),
