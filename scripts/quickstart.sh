@@ -21,9 +21,6 @@ fi
 mkdir -p $OUT
 [ -f $OUT/.seconds ] || echo 0 > $OUT/.seconds
 
-LAUNCH="--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-LAUNCH="$LAUNCH --num_cpu_threads_per_process $(getconf _NPROCESSORS_ONLN)"  # which accelerate makes 1 unless told
-
 step() {  # print and run a command, counting its seconds also over interrupted runs
     echo "+ $*"
     local start=$SECONDS
@@ -34,11 +31,9 @@ step() {  # print and run a command, counting its seconds also over interrupted 
 step python scripts/make_digits.py --out $OUT/digits
 step python scripts/extract_imagenet_feature.py --images $OUT/digits/train --out $OUT/latents \
     --autoencoder assets/digits_autoencoder --resolution 32 --no-flip --dtype float32
-step accelerate launch $LAUNCH train.py \
-    --config=configs/digits.py --workdir=$OUT/train
+step python train.py --config=configs/digits.py --workdir=$OUT/train
 LAST=$(ls -d $OUT/train/ckpts/*.ckpt | sort -V | tail -n 1)
-step accelerate launch $LAUNCH eval.py \
-    --config=configs/digits.py --nnet_path="$LAST" --IMGsave_path=$OUT/images
+step python eval.py --config=configs/digits.py --nnet_path="$LAST" --IMGsave_path=$OUT/images
 step python img2npz.py $OUT/images --out $OUT/images.npz
 step python scripts/score_digits.py --images $OUT/images --digits $OUT/digits --train_dir $OUT/train \
     --out $OUT/report.json --seconds "$(cat $OUT/.seconds)"
