@@ -34,6 +34,7 @@ from libs import program
 from libs.adm_suite import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
+from libs.compilation import choose_compile, compile_network, round_weights
 from libs.files import file_digest, naming_the_way_out, replacing
 from libs.interrupt import failing_together
 from libs.report import NAMES, write_report
@@ -298,11 +299,11 @@ def open_networks(
     nnet = utils.build_network(config).to(device).eval()
     load_weights(nnet, state, str(weights))
     weaker, weaker_weights = utils.open_weaker_network(config, device)
-    config.sample.compile = utils.choose_compile(config.sample.compile, device)
+    config.sample.compile = choose_compile(config.sample.compile, device)
     for network in [nnet, weaker] if weaker else [nnet]:
-        utils.round_weights(network, accelerator.mixed_precision)
+        round_weights(network, accelerator.mixed_precision)
         utils.choose_depthwise_kernel(network, config.sample.depthwise_kernel, "config.sample.depthwise_kernel", device)
-        utils.compile_network(network, config.sample.compile, final_weights=True)
+        compile_network(network, config.sample.compile, final_weights=True)
     autoencoder = utils.open_autoencoder(config, device)
     return {"nnet": nnet, "weaker": weaker, "autoencoder": autoencoder}, {"nnet": weights, "weaker": weaker_weights}
 

@@ -31,6 +31,7 @@ import utils
 from libs import checkpoint, monitor, pictures, program, run_record, sharding
 from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
+from libs.compilation import choose_compile, compile_network
 from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
 from libs.files import naming_the_way_out
@@ -242,7 +243,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     nnet.recompute(settings.recompute, settings.recompute_keeps_products)
     utils.choose_depthwise_kernel(nnet, settings.depthwise_kernel, "config.train.depthwise_kernel", device)
     several = settings.sharded or (n_processes > 1 and not settings.recompute_keeps_products)
-    utils.compile_network(nnet, utils.choose_compile(settings.compile, device, several))
+    compile_network(nnet, choose_compile(settings.compile, device, several))
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
     step = resume(workdir / "ckpts", identity, config.resume_changes, nnet, averages, optimizer, scaler)
     steps = gather_object([step])

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import utils
 from libs import depthwise, dimr
+from libs.compilation import round_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -248,7 +249,7 @@ def main():
     with FakeTensorMode():
         nnet = utils.build_network(settings).train(args.task == "train")
         if args.task == "sample":
-            utils.round_weights(nnet, args.precision)
+            round_weights(nnet, args.precision)
         if args.triton:
             nnet.use_depthwise_kernel("triton")
         batch = torch.empty(args.batch, dtype=torch.long)

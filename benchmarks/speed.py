@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import sde
 import utils
 from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
+from libs.compilation import compile_network, round_weights
 from libs.ema import EMA
 from libs.optim import clip_or_skip, make_adamw
 from libs.program import keep_freed_memory
@@ -86,11 +87,11 @@ class Variant:
         if rest:
             self.nnet.recompute(int(rest[0].removeprefix("recompute")), "products" in rest)
         if args.task == "sample" and way not in ("released", *PEERS):
-            utils.round_weights(self.nnet, precision)
+            round_weights(self.nnet, precision)
         self.weights = (1.0,) if way in PEERS else utils.loss_weights(config)
         self.schedule = sde.get_schedule(config.schedule)
         if way in COMPILED:
-            utils.compile_network(self.nnet, COMPILED[way], final_weights=args.task == "sample")
+            compile_network(self.nnet, COMPILED[way], final_weights=args.task == "sample")
         generator = torch.Generator().manual_seed(1)
         shape = (args.batch, *config.z_shape)
         n_classes = max(config.dataset.n_classes, 1)

@@ -25,8 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sde
-import utils
 from libs.checkpoint import load_weights, released_name
+from libs.compilation import compile_network
 from libs.dimr import DiMR, StageSpec
 from libs.ema import EMA
 from libs.optim import make_adamw, set_lr, warmup_lr
@@ -44,7 +44,7 @@ Comparison = tuple[str, Tensor, Tensor]  # group, ours, golden
 
 @dataclass(frozen=True)
 class Way:
-    """How the network is computed: `compile` as of utils.compile_network, `precision` a key of PRECISIONS."""
+    """How the network is computed: `compile` as of compile_network, `precision` a key of PRECISIONS."""
 
     compile: str = "off"
     precision: str = "no"
@@ -116,7 +116,7 @@ def check_model(golden: dict[str, Tensor], metadata: dict[str, str], way: Way = 
     golden = {name: tensor.to(way.device) for name, tensor in golden.items()}
     x, y, t = golden["x"], golden["y"], golden["log_snr"] / 4
     model = load_golden_model(golden, metadata).to(way.device).eval()
-    utils.compile_network(model, way.compile, final_weights=True)
+    compile_network(model, way.compile, final_weights=True)
     with torch.no_grad(), way.autocast():
         yield from compare_outputs("outputs", "out", model(x, t, y), golden)
         if "out_same_t/0" in golden:
@@ -137,7 +137,7 @@ def check_training(golden: dict[str, Tensor], metadata: dict[str, str], way: Way
     model = load_golden_model(golden, metadata).to(way.device)
     fit = json.loads(metadata["fit"]) if "fit/losses" in golden else None
     ema = EMA(model, fit["ema"]) if fit else None  # before the network is compiled, as in train.py
-    utils.compile_network(model, way.compile)
+    compile_network(model, way.compile)
     weights = sde.default_loss_weights(len(model.stages))
 
     def losses() -> Tensor:

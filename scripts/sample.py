@@ -39,6 +39,7 @@ import utils
 from libs import program
 from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label
+from libs.compilation import round_weights
 from libs.errors import errors_in_one_line
 from libs.files import naming_the_way_out, replacing
 from libs.pictures import to_uint8
@@ -76,7 +77,7 @@ class Model:
         load_weights(self.nnet, state, str(file))
         self.weaker, _ = utils.open_weaker_network(self.config, device)
         for network in [self.nnet, self.weaker] if self.weaker else [self.nnet]:
-            utils.round_weights(network, self.accelerator.mixed_precision)
+            round_weights(network, self.accelerator.mixed_precision)
         self.autoencoder = utils.open_autoencoder(self.config, device)
         self.schedule = sde.get_schedule(self.config.schedule)
         self.names = utils.class_names(self.config, file)

@@ -15,6 +15,7 @@ import sde
 import utils
 from benchmarks import passes
 from libs import dimr
+from libs.compilation import compile_network
 from libs.dimr import Attention, DiMR
 from libs.norms import TDRMSNorm
 
@@ -82,7 +83,7 @@ def test_published_models_are_one_graph_forward_and_backward(graphs, name, dtype
 
     close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 3e-3}
     expected = losses()
-    utils.compile_network(nnet, "whole")
+    compile_network(nnet, "whole")
     for found in (losses(), losses()):
         torch.testing.assert_close(found, expected, **close)
     assert [kind for kind, _ in graphs] == ["forward", "backward"]
@@ -92,7 +93,7 @@ def test_blocks_of_three_branches_are_compiled_for_all_that_a_run_needs(graphs):
     """They share their code: three branches in three ways are more than PyTorch's 8 translations of one function."""
     config = narrow("DiMR-XL-3R_imagenet512")
     nnet = utils.build_network(config)
-    utils.compile_network(nnet, "blocks")
+    compile_network(nnet, "blocks")
 
     def predict(n, n_times):
         return nnet(torch.randn(n, *config.z_shape), torch.rand(n_times), torch.zeros(n, dtype=torch.int64))
@@ -125,7 +126,7 @@ def test_recorded_graphs_give_outputs_of_their_own(graphs):
     x, t, y = torch.randn(2, *config.z_shape), torch.rand(1), torch.tensor([1, 5])
     with torch.no_grad():
         expected = nnet(x, t, y), nnet(x + 1, t, y)
-        utils.compile_network(nnet, "graphs")
+        compile_network(nnet, "graphs")
         found = nnet(x, t, y), nnet(x + 1, t, y)
     torch.testing.assert_close(found, expected)
     assert len(graphs) == 1
@@ -141,7 +142,7 @@ def test_weights_are_frozen_into_a_translation_when_final(monkeypatch, final):
         seen.append(torch._inductor.config.freezing)
 
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: note)
-    utils.compile_network(nnet, "whole", final_weights=final)
+    compile_network(nnet, "whole", final_weights=final)
     nnet(None, None, None)
     assert seen == [final] and not torch._inductor.config.freezing
 

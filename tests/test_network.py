@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
-import utils
 from libs import dimr
+from libs.compilation import round_weights
 from libs.dimr import DiMR, GatedGELU, LongSkip, StageSpec
 from libs.norms import (
     NORMS,
@@ -161,7 +161,7 @@ def test_weights_rounded_once_give_the_same_numbers(precision, dtype):
     model = small_model().eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
         expected = model(*inputs())
-        utils.round_weights(model, precision)
+        round_weights(model, precision)
         found = model(*inputs())
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     for module in model.modules():
