@@ -54,7 +54,7 @@ def base():
         n_classes=1000,  # classes, the null class not counted; 0: unconditional
         p_uncond=0.1,  # probability of replacing a label by the null label (classifier-free guidance)
         flip=True,  # images only: each image also mirrored (a store knows by itself)
-        num_workers=4,  # reading processes per training process; 0: read in the training process
+        num_workers=4,  # threads (latents) or processes (images) that read, per training process; 0: none
     )
 
     config.autoencoder = d(

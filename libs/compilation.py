@@ -30,13 +30,18 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
         final_weights: the weights will not change any more, and no gradient is asked for. On a CPU a network compiled
             whole then keeps them laid out for its matrix products.
     """
-    # Blocks share their code: one function is translated for each branch, in training, without gradients, and so on.
-    torch._dynamo.config.recompile_limit = 64
-    parts = [stage.upsample for stage in nnet.stages[1:]]
-    for stage in nnet.stages:
-        parts += [*stage.blocks, *stage.skips, stage.head]
+    if how == "off":
+        return
+    parts = [nnet]
+    if how == "blocks":
+        # They share their code: one function is translated for each branch, in training, without gradients, and so on.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.optimize_ddp = False  # or blocks would be cut again, to send their gradients sooner
+        parts = [stage.upsample for stage in nnet.stages[1:]]
+        for stage in nnet.stages:
+            parts += [*stage.blocks, *stage.skips, stage.head]
     mode = "reduce-overhead" if how == "graphs" else None
-    for module in {"blocks": parts, "off": []}.get(how, [nnet]):
+    for module in parts:
         # The forward method and not the module, whose hooks (DDP's, FSDP's) stay outside.
         module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, mode=mode)
     if how == "graphs":

@@ -7,13 +7,16 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from libs import dimr
 from libs.dimr import PRODUCTS, DiMR, Stage
 
 BYTES_PER_WEIGHT = {"weights": 4, "gradients": 4, "moments": 8}  # float32 master weights, AdamW
@@ -133,6 +136,7 @@ def kept_by_batch(module: nn.Module, inputs: tuple[Tensor, ...], precision: str)
     dtype = PRECISIONS[precision]
     with (
         products,
+        mock.patch.object(dimr, "attention", F.scaled_dot_product_attention),  # a GPU's, which keeps 16-bit inputs
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype, enabled=dtype is not None),
     ):

@@ -58,11 +58,6 @@ class PowerEMA(EMA):
         return (1 - 1 / step) ** (self.gamma + 1)
 
 
-def width_of_gamma(gamma: float) -> float:
-    """Standard deviation of the density (gamma + 1) x^gamma on [0, 1]: a beta distribution's, EDM2 equation 3."""
-    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
-
-
 def gamma_of_width(width: float) -> float:
     """The exponent of the profile of a relative width. Raises ValueError outside (0, 0.28), where there is none."""
     if not 0 < width < 0.28:

@@ -197,7 +197,7 @@ def read_settings(folder: Path) -> dict:
 
 
 def differences(found: dict, expected: dict, but: Sequence[str] = ()) -> list[str]:
-    """Which of two folders' settings differ: ["scale: 1.4 there, 2.0 here"]."""
+    """Which of two folders' settings differ: ["scale: 1.4 there, 2.0 now"]."""
     names = [*found, *(name for name in expected if name not in found)]
     return [
         f"{name}: {found.get(name)} there, {expected.get(name)} now"

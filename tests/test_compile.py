@@ -7,8 +7,10 @@ import torch
 from conftest import load_config
 from functorch.compile import make_boxed_func
 from test_network import COARSE, FINE, inputs
+from torch import distributed
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import sde
@@ -106,6 +108,26 @@ def test_blocks_of_three_branches_are_compiled_for_all_that_a_run_needs(graphs):
         return len(graphs)
 
     assert run() == run()
+
+
+def test_blocks_stay_whole_among_several_processes(graphs):
+    """PyTorch would cut what is compiled inside of its DistributedDataParallel at every bucket of gradients."""
+    config = narrow("DiMR-XL-2R_imagenet256")
+    for stage in config.nnet.stages:
+        stage.dim = 256  # several buckets to a block
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        counts = []
+        for wrap in (lambda nnet: nnet, lambda nnet: DistributedDataParallel(nnet, bucket_cap_mb=1)):
+            graphs.clear()
+            torch._dynamo.reset()
+            nnet = utils.build_network(config)
+            compile_network(nnet, "blocks")
+            wrap(nnet)(torch.randn(2, *config.z_shape), torch.rand(2), torch.zeros(2, dtype=torch.int64))
+            counts.append(len(graphs))
+    finally:
+        distributed.destroy_process_group()
+    assert counts[0] == counts[1] > 1
 
 
 @pytest.mark.parametrize(("interval", "n_graphs"), [(None, 1), ((0.1, 2.0), 2)])

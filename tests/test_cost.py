@@ -50,6 +50,14 @@ def test_memory_of_recomputation_by_hand():
     assert none.largest_batch(0) == 0
 
 
+def test_activations_of_the_published_model_on_a_gpu():
+    """Attention keeps 16-bit inputs there, which on a CPU it computes with in float32."""
+    config = load_config("DiMR-XL-2R_imagenet256")
+    with cost.fake_model():
+        memory = cost.training_memory(utils.build_network(config).train(), tuple(config.z_shape), "bf16", averages=1)
+    assert memory.per_image == pytest.approx(589.1e6, rel=1e-3)
+
+
 def test_describe_model_prints_a_report():
     done = run("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=2")
     assert done.returncode == 0, done.stderr
