@@ -386,6 +386,9 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
         if status:
             (workdir / REQUEUE_FILE).write_text(f"{step}\n")
         logging.info("%s at step %d; weights in %s", "stopped" if status else "trained", step, workdir / "ckpts")
+        if saved_step != step:
+            logging.error("the last checkpoint was lost: run the command again to train on from step %d", saved_step)
+            status = status or 1
     # The wrapped model and what refers to it go before the processes part (see program.finish).
     del nnet, wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample
     del sampled_network

@@ -1,9 +1,10 @@
 """From a config to the things it describes, and from a network to images."""
 
-import importlib.util
 import json
 import math
 import operator
+import runpy
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,11 +39,19 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_config(path: str | Path) -> ml_collections.ConfigDict:
-    """get_config() of a config file (whose name, having dashes, Python could not import)."""
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    """get_config() of a config file. Raises ValueError for a file that has or gives none of this project."""
+    try:  # a config is a program, which may raise anything
+        config = runpy.run_path(str(path))["get_config"]()
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(
+            f"{where}: expected a config with get_config(); found {type(error).__name__}: {error}"
+        ) from error
+    common.check(config, path)
+    return config
 
 
 def config_json(config: ml_collections.ConfigDict) -> dict:
@@ -223,7 +232,7 @@ def loss_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
         )
     if not all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in config.loss_coeffs):
         raise ValueError(f"config.loss_coeffs must be numbers of at least 0; found {tuple(config.loss_coeffs)}")
-    return tuple(config.loss_coeffs)
+    return tuple(map(float, config.loss_coeffs))
 
 
 def open_autoencoder(config: ml_collections.ConfigDict, device: torch.device) -> Autoencoder | None:
@@ -232,9 +241,12 @@ def open_autoencoder(config: ml_collections.ConfigDict, device: torch.device) ->
     Raises:
         FileNotFoundError, ValueError: see `load_autoencoder`; also one that does not fit config.z_shape.
     """
-    if not config.autoencoder.pretrained_path:
+    path = config.autoencoder.pretrained_path
+    if not path:
         return None
-    autoencoder = load_autoencoder(config.autoencoder.pretrained_path, device=device)
+    if not Path(path).exists() and (ROOT / path).exists():
+        path = ROOT / path  # configs give paths from the repository's root, where they need not be used
+    autoencoder = load_autoencoder(path, device=device)
     if autoencoder.latent_channels != config.z_shape[0]:
         raise ValueError(
             f"config.z_shape has {config.z_shape[0]} channels but the autoencoder "
@@ -347,7 +359,7 @@ def check_ranges(config: ml_collections.ConfigDict, ranges: dict[str, tuple[floa
     for name, (least, largest) in ranges.items():
         value = operator.attrgetter(name)(config)
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int | float) or not least <= number <= largest:  # nor NaN
+            if not isinstance(number, int | float) or not least <= number <= largest or number == math.inf:  # nor NaN
                 below = "" if largest == math.inf else " and below 1" if 0 < largest < 1 else f" and at most {largest}"
                 raise ValueError(f"config.{name} must be at least {least}{below}; found {value}")
 
@@ -440,7 +452,12 @@ def make_sampler(
 
 
 def image_size(config: ml_collections.ConfigDict, autoencoder: Autoencoder | None) -> tuple[int, int]:
-    """(H, W) in pixels of what is sampled."""
+    """(H, W) in pixels of what is sampled. Raises ValueError for what is no picture."""
+    if autoencoder is None and config.z_shape[0] != 3:
+        raise ValueError(
+            f"without an autoencoder, pixels are sampled, of 3 channels; found {config.z_shape[0]} in config.z_shape: "
+            "set config.autoencoder.pretrained_path to the autoencoder of the latents"
+        )
     factor = autoencoder.downsample if autoencoder is not None else 1
     return config.z_shape[1] * factor, config.z_shape[2] * factor
 

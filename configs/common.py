@@ -33,6 +33,24 @@ def convnext(dim, depth, **settings):
     return stage("ConvNeXtBlock", dim, depth, **settings)
 
 
+def fields(config, prefix=""):
+    """Names of all fields, as --config has them."""
+    for name, value in config.items():
+        inner = isinstance(value, ml_collections.ConfigDict)
+        yield from fields(value, f"{prefix}{name}.") if inner else [prefix + name]
+
+
+def check(config, name):
+    """Raises ValueError for what is no config of this project, or lacks fields of one."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(f"get_config() of {name} must return what base() of configs/common.py gives; found {config!r}")
+    if missing := sorted(set(fields(base())) - set(fields(config))):
+        raise ValueError(
+            f"{name} is no config of this project: it lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}; "
+            "start from base() of configs/common.py"
+        )
+
+
 def base():
     """The ImageNet 256x256 recipe of the paper, without a network."""
     config = ml_collections.ConfigDict()

@@ -28,4 +28,5 @@ def is_for_users(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.filename is not None:
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).is_relative_to(ROOT) and "site-packages" not in frame.filename and "raise" in frame.line
+    own = Path(frame.filename).resolve().is_relative_to(ROOT) and "site-packages" not in frame.filename
+    return own and "raise" in frame.line

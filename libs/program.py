@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accelerate
+import ml_collections
 import torch
 from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from configs import common
 from libs.errors import is_for_users
 from libs.interrupt import TIMEOUT
 
@@ -114,9 +116,23 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.to_dict  # noqa: B018 (a missing file is reported at the first use only)
+        common.check(flags.FLAGS.config, config_flags.get_config_filename(flags.FLAGS["config"]))
+        expand_home(flags.FLAGS.config)
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            if isinstance(value, str) and value.startswith("~/"):
+                flags.FLAGS[name].value = os.path.expanduser(value)
         return rest
     except Exception as error:
         sys.exit(f"error: {mistake_in_flags(error, ' '.join(argv))}")
+
+
+def expand_home(config: ml_collections.ConfigDict) -> None:
+    """Values that start with ~/ as paths in the home folder: behind a = the shell leaves it as it is."""
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            expand_home(value)
+        elif isinstance(value, str) and value.startswith("~/"):
+            config[name] = os.path.expanduser(value)
 
 
 def mistake_in_flags(error: Exception, arguments: str) -> str:
@@ -136,6 +152,8 @@ def mistake_in_flags(error: Exception, arguments: str) -> str:
         return problem
     if isinstance(error, (OSError, ImportError, SyntaxError)):
         return f"--config could not be read: {str(error).splitlines()[-1].strip()}"
+    if is_for_users(error):
+        return problem
     if "get_config" in problem:
         return f"--config {path} has no function get_config()"
     if path and isinstance(error, (IndexError, TypeError)) and (found := re.search(r"--config\.([\w.]+)\[", arguments)):

@@ -191,15 +191,9 @@ class Model:
 
 
 def find_autoencoder(path: str, weights: Path) -> str:
-    """Where the autoencoder is that a config calls `path` ("": none, for pixels).
-
-    A pipeline's weights have theirs beside them. A relative path that is not in the working directory is the
-    repository's, where it was trained.
-    """
-    own, in_repository = weights.parent.parent / "vae", utils.ROOT / path
-    if path and weights.match(PIPELINE_FILE) and own.is_dir():
-        return str(own)
-    return str(in_repository) if not Path(path).exists() and in_repository.exists() else path
+    """Where the autoencoder is that a config calls `path` ("": none, for pixels). A pipeline has its own beside it."""
+    own = weights.parent.parent / "vae"
+    return str(own) if path and weights.match(PIPELINE_FILE) and own.is_dir() else path
 
 
 def as_pictures(images: Tensor) -> np.ndarray:

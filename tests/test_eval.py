@@ -235,6 +235,7 @@ def test_command_line_errors(tiny_config, weights, tmp_path):
     for flags, message in (
         (["--cfg=0.4"], "error: the guidance scale"),
         (["extra"], "error: expected only flags"),
+        (["--config.autoencoder.pretrained_path="], "pixels are sampled, of 3 channels; found 4 in config.z_shape"),
         (["--config.nnet.stages[4].dim=8"], "(config.nnet.stages has 2 items, 0 to 1)"),
         ([f"--IMGsave_path={weights / 'state.json'}"], "or set --IMGsave_path"),
         ([f"--IMGsave_path={weights / 'state.json' / 'images'}"], "or set --IMGsave_path"),

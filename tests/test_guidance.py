@@ -169,7 +169,7 @@ def test_a_step_that_reads_a_value_is_found():
         torch.zeros(2).to("meta")
 
 
-def test_settings_that_cannot_work(tiny_config, monkeypatch):
+def test_settings_that_cannot_work(tiny_config, tmp_path, monkeypatch):
     def refuses(message, **settings):
         before = dict(tiny_config.sample)
         tiny_config.sample.update(settings)
@@ -180,6 +180,9 @@ def test_settings_that_cannot_work(tiny_config, monkeypatch):
 
     refuses("config.sample.output must be one of png, npz, both; found 'jpg'", output="jpg")
     refuses("autoguidance_config is set without config.sample.autoguidance_path", autoguidance_config="x.py")
+    (tmp_path / "bad.py").write_text("def get_config():\n    return 1 / 0\n")
+    found = r"bad\.py, line 2: expected a config with get_config\(\); found ZeroDivisionError"
+    refuses(found, autoguidance_path="a", autoguidance_config=str(tmp_path / "bad.py"))
     refuses("no config at config.sample.autoguidance_config=x.py", autoguidance_path="a", autoguidance_config="x.py")
     refuses(r"no checkpoint at nowhere", autoguidance_path="nowhere")
     monkeypatch.setitem(sde.SAMPLERS, "slow", Solver(None, least_steps=7))

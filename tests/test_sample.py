@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run
+from conftest import load_config, run
 from forked import run_forked
 from PIL import Image
 from test_pipeline import save_weights
@@ -90,13 +90,13 @@ def test_without_classes_it_takes_the_first_ten(tiny_config, weights, tmp_path):
 def test_the_autoencoder_is_found_from_any_folder(tiny_config, tiny_autoencoder, weights, tmp_path, monkeypatch):
     """A saved relative path is the repository's; a pipeline has its own; one that is given goes before both."""
     monkeypatch.chdir(tmp_path)
-    found = sample.find_autoencoder("assets/digits_autoencoder", weights)
-    assert found == str(utils.ROOT / "assets/digits_autoencoder")
-    assert sample.find_autoencoder("", weights) == ""
-    for path in ("stabilityai/sd-vae-ft-ema", "assets/none.pth", str(tiny_autoencoder)):
+    for path in ("", "stabilityai/sd-vae-ft-ema", "assets/digits_autoencoder", str(tiny_autoencoder)):
         assert sample.find_autoencoder(path, weights) == path
+    config = load_config("digits")
+    assert utils.open_autoencoder(config, torch.device("cpu")).latent_channels == 4
     (tmp_path / "assets" / "digits_autoencoder").mkdir(parents=True)
-    assert sample.find_autoencoder("assets/digits_autoencoder", weights) == "assets/digits_autoencoder"
+    with pytest.raises(FileNotFoundError, match=r"^assets/digits_autoencoder is not a diffusers autoencoder"):
+        utils.open_autoencoder(config, torch.device("cpu"))
 
     converting.convert(str(weights), tmp_path / "pipeline")
     file = tmp_path / "pipeline" / PIPELINE_FILE

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,6 +229,8 @@ def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, m
         (["--config=BAD/unknown_name.py"], "unknown_name.py, line 3: NameError: name 'seeds' is not defined"),
         (["--config=BAD/division.py"], "division.py, line 3: ZeroDivisionError: "),
         (["--config=BAD/empty.py"], "empty.py has no function get_config()"),
+        (["--config=BAD/other.py"], "other.py is no config of this project: it lacks autoencoder.pretrained_path, "),
+        (["--config=configs/digits.py", "--config.dataset.path=~/none"], f"No latents at {Path.home() / 'none'}"),
         (["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"], "(config.nnet.stages has 2 items, 0 to 1)"),
         (["--config=configs/digits.py", "--config.seed[0]=4"], "(config.seed has no items)"),
     ],
@@ -239,6 +242,7 @@ def test_errors_on_the_command_line_are_one_message(tmp_path, flags, message):
         body = f"from configs.common import base\ndef get_config():\n    config = base(); {line}\n    return config\n"
         (tmp_path / f"{name}.py").write_text(body)
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "other.py").write_text("import ml_collections\ndef get_config(): return ml_collections.ConfigDict()\n")
     flags = [flag.replace("BAD", str(tmp_path)) for flag in flags]
     done = run_forked("train.py", *flags, f"--workdir={tmp_path / 'w'}")
     assert done.returncode != 0 and message in done.stderr, done.stderr
