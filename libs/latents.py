@@ -202,8 +202,8 @@ class StoreWriter:
         self.n_shards = -(-settings["source"]["n_images"] // settings["images_per_shard"])
 
     def begin(self) -> None:
-        """Makes the folder, or checks that what is there was begun with the same settings. One process calls it,
-        before any writes.
+        """Makes the folder, or checks that what is there was begun with the same settings: before the first shard is
+        done any settings, before the store is complete any class names. One process calls it, before any writes.
 
         Raises ValueError naming the settings that differ, OSError if the folder cannot be written.
         """
@@ -212,7 +212,10 @@ class StoreWriter:
             if (self.path / "index.json").exists():
                 self._compare(read_index(self.path))
             elif (self.path / "unfinished.json").exists():
-                self._compare(_read_json(self.path / "unfinished.json"))
+                shards = any(self.path.glob("latents-*.json"))
+                decisive = self.settings.keys() - {"class_names"} if shards else ("format", "version")
+                self._compare(_read_json(self.path / "unfinished.json"), decisive)
+                _write_json(self.path / "unfinished.json", self.settings)
             elif any(not file.name.startswith(".") for file in self.path.iterdir()):
                 raise ValueError(
                     f"{self.path} holds other files: expected a new or empty folder, or a store begun earlier"
@@ -258,15 +261,25 @@ class StoreWriter:
             skipped: indices of the images of this shard that are left out.
 
         Raises:
-            ValueError: values that are not finite in the store's dtype. OSError: it cannot be written.
+            ValueError: values that are not finite in the store's dtype, another run began the store anew meanwhile.
+            OSError: it cannot be written.
         """
+        given = np.asarray(records)
         with np.errstate(over="ignore"):
-            records = np.ascontiguousarray(records, dtype=self.settings["dtype"])
+            records = np.ascontiguousarray(given, dtype=self.settings["dtype"])
         if not np.isfinite(records).all():
+            # an infinity in half precision may be one of rounding
+            if (np.isnan(given) if given.dtype == np.float16 else ~np.isfinite(given)).any():
+                raise ValueError(
+                    f"The moments of shard {number} are not all finite, in any --dtype: expected finite numbers of the "
+                    f"source and of --autoencoder, check both"
+                )
             raise ValueError(
                 f"The moments of shard {number} are not all finite in {self.settings['dtype']}: set --dtype float32, "
-                f"or check the autoencoder"
+                f"and another --out if shards are done in this one"
             )
+        if (self.path / "unfinished.json").exists():
+            self._compare(_read_json(self.path / "unfinished.json"))
         entry = self._write_npy(_shard_name(number), records)
         entry = {**entry, "records": len(records), "skipped": [int(i) for i in skipped]}
         _write_json(self.path / _shard_name(number).replace(".npy", ".json"), entry)
@@ -317,8 +330,10 @@ class StoreWriter:
             file.write(array.data)
         return {"file": name, "bytes": len(header.getvalue()) + array.nbytes, "sha256": digest.hexdigest()}
 
-    def _compare(self, found):
-        different = [key for key in self.settings if found.get(key) != self.settings[key]]
+    def _compare(self, found, keys=None):
+        different = [
+            key for key in self.settings if (keys is None or key in keys) and found.get(key) != self.settings[key]
+        ]
         if different:
             both = "; ".join(
                 f"{key}: there {_short(found.get(key))}, now {_short(self.settings[key])}" for key in different

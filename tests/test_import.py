@@ -144,6 +144,9 @@ def test_bad_sources_end_with_one_line(tmp_path, autoencoder):
         run(source, tmp_path / "out", autoencoder, "lightningdit")
     with pytest.raises(SystemExit, match="labels from 0 to 3: set --n_classes to more than 3"):
         run(source, tmp_path / "out", autoencoder, "uvit", "--n_classes", 2)
+    with pytest.raises(SystemExit, match="labels from 0 to 4: set --n_classes to more than 4"):  # in the second shard
+        run(source, tmp_path / "out", autoencoder, "uvit", "--n_classes", 4)
+    run(source, tmp_path / "out", autoencoder, "uvit")
     save_uvit(source / "5.npy", np.zeros((8, 4, 5), np.float32), 0)
     with pytest.raises(SystemExit, match=r"5\.npy should hold floats of shape \(8, 4, 4\), found .*\(8, 4, 5\)"):
         run(source, tmp_path / "other", autoencoder, "uvit")

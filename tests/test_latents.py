@@ -228,7 +228,13 @@ def test_other_settings_are_an_error_naming_both(tmp_path, finished):
     if finished:
         write_store(tmp_path / "store")
     else:
-        StoreWriter(tmp_path / "store", settings()).begin()
+        for flips in (False, True):  # nothing is done yet that other settings would spoil
+            writer = StoreWriter(tmp_path / "store", settings(flips=flips))
+            writer.begin()
+        writer.write_shard(0, moments(20))
+        StoreWriter(tmp_path / "store", settings(class_names=["ant"])).begin()
+        with pytest.raises(ValueError, match=r"other settings \(class_names"):  # begun anew meanwhile
+            writer.write_shard(1, moments(20))
     StoreWriter(tmp_path / "store", settings()).begin()
     with pytest.raises(ValueError, match=r"\(dtype: there 'float16', now 'float32'; flips: there True, now False\)"):
         StoreWriter(tmp_path / "store", settings(dtype="float32", flips=False)).begin()
@@ -284,6 +290,9 @@ def test_values_that_do_not_fit_are_refused(tmp_path):
     writer.begin()
     with pytest.raises(ValueError, match="not all finite in float16: set --dtype float32"):
         writer.write_shard(0, np.full((20, *SHAPE), 7e4, np.float32))
+    for value in (np.float16("nan"), np.float32("inf")):
+        with pytest.raises(ValueError, match="not all finite, in any --dtype"):
+            writer.write_shard(0, np.full((20, *SHAPE), value))
     assert not writer.entries()
 
 
