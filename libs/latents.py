@@ -253,12 +253,30 @@ class StoreWriter:
             return False
         return True
 
-    def write_shard(self, number: int, records: np.ndarray, skipped: Sequence[int] = ()) -> None:
+    def check_sources(self, digest: Callable[[int], str]) -> None:
+        """Raises ValueError if shards are done whose source is not what `digest`, a function of the shard's number as
+        given to `write_shard`, says now. Shards written without one are not compared."""
+        other = [
+            _shard_name(number)
+            for number, entry in sorted(self.entries().items())
+            if "source_sha256" in entry and entry["source_sha256"] != digest(number)
+        ]
+        if other:
+            raise ValueError(
+                f"{self.path}: {len(other)} shards ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''}) were "
+                f"made from another source than the one given now: give that, delete these files to have them made "
+                f"anew, or set another --out"
+            )
+
+    def write_shard(
+        self, number: int, records: np.ndarray, skipped: Sequence[int] = (), source: str | None = None
+    ) -> None:
         """Writes shard `number` whole: under a temporary name, to the disk, then renamed; then its entry.
 
         Args:
             records: (records, *record_shape), converted to the store's dtype; views of an image lie together.
             skipped: indices of the images of this shard that are left out.
+            source: digest of what tells this shard's source from others, for `check_sources`.
 
         Raises:
             ValueError: values that are not finite in the store's dtype, another run began the store anew meanwhile.
@@ -282,6 +300,8 @@ class StoreWriter:
             self._compare(_read_json(self.path / "unfinished.json"))
         entry = self._write_npy(_shard_name(number), records)
         entry = {**entry, "records": len(records), "skipped": [int(i) for i in skipped]}
+        if source is not None:
+            entry["source_sha256"] = source
         _write_json(self.path / _shard_name(number).replace(".npy", ".json"), entry)
 
     def finish(self, labels: Sequence[int], names: Callable[[int], str] = str) -> None:

@@ -12,6 +12,7 @@ the number of processes. Images that cannot be read are listed at the end; the s
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
@@ -80,6 +81,13 @@ def encode_batch(encode: Encode, images: torch.Tensor, flip: bool) -> np.ndarray
     return encode(images.float().div_(127.5).sub_(1)).cpu().numpy()
 
 
+def sizes_digest(tree: ImageTree, first: int, last: int) -> str:
+    """SHA-256 of the sizes of the files of images first..last - 1 (-1: a dangling link): tells other images of the
+    same names."""
+    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in map(tree.path, range(first, last))]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+
 def encode_shards(
     writer: StoreWriter,
     shards: list[int],
@@ -132,7 +140,9 @@ def encode_shards(
             if writing is not None:
                 writing.result()  # raises what the thread raised, and keeps at most two shards in memory
             if args.skip_unreadable or not unreadable:
-                writing = thread.submit(writer.write_shard, shard, records[:n_records], [i for i, _ in unreadable])
+                skipped = [i for i, _ in unreadable]
+                source = sizes_digest(tree, first, last)
+                writing = thread.submit(writer.write_shard, shard, records[:n_records], skipped, source)
         if writing is not None:
             writing.result()
     return all_unreadable
@@ -168,7 +178,7 @@ def extract(args: argparse.Namespace, state: PartialState) -> None:
         "source": {"kind": "images", "n_images": len(tree), "names_sha256": tree.digest},
     }
     writer = StoreWriter(args.out, settings)
-    todo = run_on_main(state, lambda: prepare(writer, args))
+    todo = run_on_main(state, lambda: prepare(writer, tree, args))
     if todo is None:
         return
 
@@ -189,9 +199,10 @@ def extract(args: argparse.Namespace, state: PartialState) -> None:
     run_on_main(state, lambda: finish(writer, tree, unreadable, failures, args))
 
 
-def prepare(writer: StoreWriter, args: argparse.Namespace) -> list[int] | None:
+def prepare(writer: StoreWriter, tree: ImageTree, args: argparse.Namespace) -> list[int] | None:
     """Begin the store or look at what is there. Returns the numbers of the shards to encode, None if it is complete."""
     writer.begin()
+    writer.check_sources(lambda shard: sizes_digest(tree, *writer.image_range(shard)))
     if writer.is_complete():
         writer.remove_leftovers()
         print(f"{args.out} is complete with these settings ({len(LatentStore.open(args.out))} records): nothing to do")

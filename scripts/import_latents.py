@@ -11,6 +11,7 @@ Stopped and started again, it continues.
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +83,16 @@ def import_latents(args: argparse.Namespace) -> None:
         "source": {"kind": args.format, "n_images": len(source), "scaled": scaled},
     }
     writer = StoreWriter(args.out, settings)
+
+    def digest(shard: int) -> str:
+        """Of the shard's first and last image: enough to tell one extraction from another, and soon read."""
+        start, stop = writer.image_range(shard)
+        return hashlib.sha256(
+            source.read(start, start + 1).tobytes() + source.read(stop - 1, stop).tobytes()
+        ).hexdigest()
+
     writer.begin()
+    writer.check_sources(digest)
     if writer.is_complete():
         writer.remove_leftovers()
         print(f"{args.out} is complete with these settings: nothing to do")
@@ -95,7 +105,8 @@ def import_latents(args: argparse.Namespace) -> None:
         if low < 0 or high >= args.n_classes:
             raise ValueError(f"{args.source} holds labels from {low} to {high}: set --n_classes to more than {high}")
         if shard not in done:
-            writer.write_shard(shard, as_moments(source.read(start, stop), autoencoder, scaled))
+            records = as_moments(source.read(start, stop), autoencoder, scaled)
+            writer.write_shard(shard, records, source=digest(shard))
     writer.finish(np.concatenate(labels))
     store = LatentStore.open(args.out)
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")

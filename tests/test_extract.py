@@ -111,6 +111,12 @@ def test_running_again_does_nothing_and_other_settings_are_refused(images, tmp_p
     assert "is complete with these settings (60 records): nothing to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="dtype: there 'float16', now 'float32'"):
         run(images, tmp_path / "out", autoencoder, "--dtype", "float32")
+    image = images / "ants" / "00.png"
+    content = image.read_bytes()
+    image.write_bytes(content + b"0")
+    with pytest.raises(SystemExit, match=r"1 shards \(latents-00000\.npy\) were made from another source"):
+        run(images, tmp_path / "out", autoencoder)
+    image.write_bytes(content)
     Image.new("RGB", (8, 8)).save(images / "ants" / "another.png")
     with pytest.raises(SystemExit, match=r"source: there .*'n_images': 30.*, now .*'n_images': 31"):
         run(images, tmp_path / "out", autoencoder)
@@ -120,7 +126,8 @@ def test_running_again_does_nothing_and_other_settings_are_refused(images, tmp_p
 def test_unreadable_images_are_listed_and_skipped_only_when_told(images, tmp_path, autoencoder, capsys):
     jpeg = images / "bees" / "03.png"
     jpeg.write_bytes(jpeg.read_bytes()[:200])
-    (images / "cats" / "09.png").write_text("not a picture")
+    (images / "cats" / "09.png").unlink()
+    (images / "cats" / "09.png").symlink_to("nowhere.png")
     with pytest.raises(
         SystemExit, match=r"2 images \(listed above\) cannot be read: replace them, or give --skip_unreadable"
     ):

@@ -132,6 +132,13 @@ def test_interrupted_imports_are_continued(tmp_path, autoencoder, capsys, monkey
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="other settings"):
         run(source, tmp_path / "out", autoencoder, "uvit", "--dtype", "float32")
+    save_uvit(source / "7.npy", features(8)[0], LABELS[7])
+    with pytest.raises(SystemExit, match=r"1 shards \(latents-00001\.npy\) were made from another source"):
+        run(source, tmp_path / "out", autoencoder, "uvit")
+    (tmp_path / "out" / "latents-00001.npy").unlink()
+    assert np.array_equal(
+        run(source, tmp_path / "out", autoencoder, "uvit").read([7])[0][0], features(8)[0].astype("f2")
+    )
 
 
 def test_bad_sources_end_with_one_line(tmp_path, autoencoder):

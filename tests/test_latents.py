@@ -261,6 +261,16 @@ def test_a_shard_made_anew_after_the_store_was_complete(tmp_path):
     assert {file.name: file.read_bytes() for file in (tmp_path / "store").iterdir()} == before
 
 
+def test_only_shards_that_tell_their_source_are_compared_with_it(tmp_path):
+    writer = StoreWriter(tmp_path / "store", settings())
+    writer.begin()
+    writer.write_shard(0, moments(20))  # as earlier versions did
+    writer.write_shard(1, moments(20), source="b")
+    writer.check_sources(lambda shard: "abc"[shard])
+    with pytest.raises(ValueError, match=r"1 shards \(latents-00001\.npy\) were made from another source"):
+        writer.check_sources("xyz".__getitem__)
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     writer = StoreWriter(tmp_path / "store", settings())
     writer.begin()
