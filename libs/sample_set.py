@@ -189,7 +189,10 @@ def read_settings(folder: Path) -> dict:
     """What sampling.json of a folder says; empty if there is none. Raises ValueError where it is damaged."""
     file = folder / SETTINGS_FILE
     try:
-        return json.loads(file.read_text())
+        settings = json.loads(file.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError(f"expected an object of settings, found a {type(settings).__name__}")
+        return settings
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -236,6 +239,10 @@ def read_shard(path: Path, labels: Sequence[int] | None) -> np.ndarray | str:
     return images
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class Part:
     """One folder of a set.
 
@@ -255,6 +262,7 @@ class Part:
                 f"no folder {self.folder}: sample images with eval.py first, or give the folder that holds them"
             )
         self.settings = read_settings(self.folder)
+        self._check_settings()
         names = {entry.name for entry in os.scandir(self.folder)} - {SETTINGS_FILE, LABELS_FILE}
         names = {name for name in names if not TEMPORARY_NAME.fullmatch(name)}
         self.labels = self._read_labels()
@@ -267,11 +275,25 @@ class Part:
         self.files = list(wanted.values())
         self._check_labels()
 
+    def _check_settings(self) -> None:
+        absent = 1 if self.settings.get("output", "png") == "png" else None  # shards are named by both
+        counts = {name: self.settings.get(name, absent) for name in ("n_samples", "mini_batch_size")}
+        wrong = [name for name, count in counts.items() if not _is_whole(count) or count < 1]
+        ends = self.settings.get(RANGE, [0, 1])
+        if not (isinstance(ends, list) and len(ends) == 2 and all(map(_is_whole, ends))):
+            wrong.append(RANGE)
+        if wrong:
+            found = ", ".join(f"{name} {self.settings.get(name)}" for name in wrong)
+            raise ValueError(
+                f"{self.folder / SETTINGS_FILE}: expected whole numbers as eval.py writes them, found {found}: sample "
+                "into a new folder"
+            )
+
     def _read_labels(self) -> list[int] | None:
         file = self.folder / LABELS_FILE
         if not file.exists():
             return None
-        words = file.read_text().split()
+        words = file.read_text(errors="replace").split()
         if not all(word.isdecimal() for word in words):
             raise ValueError(f"{file}: expected one label per line, a whole number: run eval.py again, which writes it")
         return [int(word) for word in words]

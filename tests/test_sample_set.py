@@ -196,8 +196,9 @@ def test_refuses_labels_that_are_not_the_images(tmp_path):
     refuses([folder, other], r"class_lab.txt: expected 7 labels, one per image, found 6", tmp_path)
     (folder / "class_lab.txt").write_text("0\n0\n0\n1\n0\n1\n1\n")
     refuses([folder, other], r"class_lab.txt: expected label 0 for image 3 by sampling.json, found 1", tmp_path)
-    (folder / "class_lab.txt").write_text("cat\n" * 7)
-    refuses([folder, other], r"class_lab.txt: expected one label per line, a whole number", tmp_path)
+    for text in (b"cat\n" * 7, b"\xff\n" * 7):
+        (folder / "class_lab.txt").write_bytes(text)
+        refuses([folder, other], r"class_lab.txt: expected one label per line, a whole number", tmp_path)
 
 
 def test_refuses_overlaps_and_gaps(tmp_path):
@@ -214,8 +215,15 @@ def test_refuses_a_part_with_other_settings(tmp_path):
     a = write_part(tmp_path / "a", range(5))
     b = write_part(tmp_path / "b", range(5, 12), scale=3.0, interval=[0.1, 2.0])
     refuses([a, b], r"b is no part of one set with .*a \(scale: 3.0 there, 2.0 now; interval: \[0.1, 2.0\]", tmp_path)
-    (b / "sampling.json").write_text("{not json")
-    refuses([a, b], r"sampling.json is damaged", tmp_path)
+    for text, message in (
+        ("{not json", "sampling.json is damaged"),
+        ("[1]", r"sampling.json is damaged \(expected an object of settings, found a list"),
+        ("[]", "sampling.json is damaged"),
+        ('{"output": "npz", "mini_batch_size": 5}', "sampling.json: expected whole numbers .* found n_samples None:"),
+        ('{"indices": [5], "n_samples": "x"}', r"found n_samples x, indices \[5\]"),
+    ):
+        (b / "sampling.json").write_text(text)
+        refuses([a, b], message, tmp_path)
     with pytest.raises(ValueError, match="--out, which must be given"):
         img2npz([a, b])
 
