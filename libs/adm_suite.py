@@ -143,9 +143,15 @@ class KeptFeatures:
                 f"{path} should hold kept features, found no {', '.join(sorted(missing))}: keep them again"
             )
         with naming_damage(path), np.load(path, allow_pickle=False) as arrays:
-            self.size, self.inception = tuple(arrays["size"].tolist()), str(arrays["inception"])
+            size, self.inception = arrays["size"], str(arrays["inception"])
         with naming_damage(path), zipfile.ZipFile(path) as archive, archive.open("pool.npy") as member:
-            self.count = read_npy_header(member, f"{path}: pool")[0][0]
+            shape, _ = read_npy_header(member, f"{path}: pool")
+        if size.shape != (2,) or size.dtype.kind not in "iu" or len(shape) != 2:
+            raise ValueError(
+                f"{path}: expected size (H, W) and pool (n, {POOL}), found {size.dtype} {size.shape} and {shape}: "
+                "keep the features again"
+            )
+        self.size, self.count = tuple(size.tolist()), shape[0]
 
     def load(self) -> "SetFeatures":
         """The features. Raises ValueError for arrays that do not belong together."""

@@ -348,6 +348,8 @@ def test_kept_features_stand_for_their_images(tmp_path, assets, sets, monkeypatc
         ({"size": np.array([8, 8])}, "kept_first.npz is 8x8 but the images of .* are 16x16"),
         ({"inception": np.array("0" * 64)}, "kept_first.npz holds features of other Inception weights"),
         ({"logits": kept["logits"][:2]}, "kept_first.npz: expected features of shapes"),
+        ({"size": np.array(8)}, r"kept_first.npz: expected size \(H, W\) and pool"),
+        ({"pool": np.array(8.0)}, r"kept_first.npz: expected size \(H, W\) and pool"),
     ):
         np.savez(files["kept_first"], **{**kept, **change})
         with pytest.raises(SystemExit, match=message):
