@@ -7,6 +7,7 @@ log-variance per latent cell; the diffusion model is trained on samples of that 
 """
 
 import hashlib
+import math
 import pickle
 import re
 from pathlib import Path
@@ -59,7 +60,7 @@ class Autoencoder:
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         """Takes over `vae`, whose weights should still have the precision of their file: the identity hashes them.
 
-        Raises ValueError if its latents need more than one scale (a shift or per-channel statistics).
+        Raises ValueError if its latents need more than one scale (a shift or per-channel statistics), or have none.
         """
         config = vae.config
         for name in ("shift_factor", "latents_mean", "latents_std"):
@@ -68,7 +69,10 @@ class Autoencoder:
                     f"The autoencoder's config.json sets {name}={config[name]}, but latents here are only scaled: "
                     f"expected an autoencoder with a scaling_factor alone, such as Stable Diffusion's"
                 )
-        self.scaling_factor = float(config.scaling_factor)
+        scale = config.scaling_factor
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"The autoencoder's config.json: scaling_factor must be a number above 0, found {scale!r}")
+        self.scaling_factor = float(scale)
         self.latent_channels = int(config.latent_channels)
         self.downsample = 2 ** (len(config.block_out_channels) - 1)
         self.identity = {"sha256": hash_weights(vae.state_dict()), "scaling_factor": self.scaling_factor}

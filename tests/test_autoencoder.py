@@ -1,3 +1,4 @@
+import math
 import pickle
 import re
 from pathlib import Path
@@ -198,6 +199,12 @@ def test_identity_follows_the_weights_and_the_scale(tiny):
 def test_autoencoder_with_a_shift_is_refused():
     with pytest.raises(ValueError, match=r"shift_factor=0\.1"):
         Autoencoder(AutoencoderKL(**TINY, shift_factor=0.1))
+
+
+@pytest.mark.parametrize("scale", [None, 0, -1.0, math.nan, "1"])
+def test_autoencoder_without_a_scale_is_refused(scale):
+    with pytest.raises(ValueError, match="scaling_factor must be a number above 0, found"):
+        Autoencoder(AutoencoderKL(**{**TINY, "scaling_factor": scale}))
 
 
 def test_moments_and_pixels_are_diffusers_own(tiny):
