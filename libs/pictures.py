@@ -1,12 +1,16 @@
 """Pictures as tensors: grids of samples, and the film strip of a training run."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
+
+T = TypeVar("T")
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -35,17 +39,25 @@ def picture_size(path: Path) -> tuple[int, int]:
 def save_strip(newest: Path, columns: int, most: int = 20) -> None:
     """strip.png beside a grid <step>.png: a column per grid there, its first sample of each class, by step.
 
-    Grids of another size than the newest are left out: they were made with other numbers of classes or samples.
+    Grids of another size than the newest are left out: they were made with other numbers of classes or samples. So are
+    damaged ones.
     """
     folder, size = newest.parent, picture_size(newest)
-    grids = [p for p in folder.glob("*.png") if p.stem.isdigit() and picture_size(p) == size]
+    grids = [p for p in folder.glob("*.png") if p.stem.isdigit() and _unless_damaged(picture_size, p) == size]
     grids.sort(key=lambda p: int(p.stem))
     chosen = [grids[i] for i in sorted({round(k * (len(grids) - 1) / (most - 1)) for k in range(most)})]
     strips = []
     for path in chosen:
-        grid = read_png(path)
-        strips.append(grid[:, :, : (grid.shape[2] - 2) // columns])
+        if (grid := _unless_damaged(read_png, path)) is not None:
+            strips.append(grid[:, :, : (grid.shape[2] - 2) // columns])
     _save_png(torch.cat(strips, dim=2).float() / 255, folder / "strip.png")
+
+
+def _unless_damaged(read: Callable[[Path], T], path: Path) -> T | None:
+    try:
+        return read(path)
+    except Exception:  # Pillow's decoders raise many kinds
+        return None
 
 
 def _save_png(image: Tensor, path: Path) -> None:

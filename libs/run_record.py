@@ -119,7 +119,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if step and path.exists() else []
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(line for line in lines if _step_of(line) <= step))
         temporary.replace(path)

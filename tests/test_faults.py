@@ -196,8 +196,8 @@ def test_full_disk_loses_log_lines_only(tmp_path, caplog):
     log.path = Path("/dev/full")
     log.write(2, {"loss": 1.5})
     assert "metrics of step 2 are lost, training goes on: [Errno 28] No space left on device" in caplog.text
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "lo')
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "lo\xff')
     MetricsLog(tmp_path / "metrics.jsonl", 5).write(6, {"loss": 1.0})
     assert losses(tmp_path) == [2.0, 1.0]
 
@@ -231,6 +231,7 @@ def test_the_grid_may_change_within_a_run(tiny_config, tmp_path, name):
     """Its film strip goes on with the grids of the new size."""
     tiny_config.train.update(n_steps=2, eval_interval=2, save_interval=2, grid_classes=2, grid_per_class=2)
     training.train(tiny_config, tmp_path)
+    (tmp_path / "samples" / "1.png").write_bytes(b"damaged")
     tiny_config.train.update({"n_steps": 6, name: 3})
     training.train(tiny_config, tmp_path)
     width, height = Image.open(tmp_path / "samples" / "strip.png").size
