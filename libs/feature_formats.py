@@ -92,6 +92,8 @@ class LightningDiTFolder:
         if not self.files:
             raise FileNotFoundError(f"No .safetensors files in {folder}: expected LightningDiT's shards")
         self.starts = np.cumsum([0] + [self._count(file) for file in self.files]).tolist()
+        if not len(self):
+            raise ValueError(f"The .safetensors files in {folder} hold no images: expected LightningDiT's shards")
 
     def __len__(self) -> int:
         return self.starts[-1]

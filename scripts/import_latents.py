@@ -70,6 +70,8 @@ def import_latents(args: argparse.Namespace) -> None:
     autoencoder = load_autoencoder(args.autoencoder)
     scaled = SCALED[args.format] if args.scaled is None else args.scaled
     first = as_moments(source.read(0, 1), autoencoder, scaled)[0]
+    if not first.size:
+        raise ValueError(f"{args.source} holds empty records: expected (channels, h, w), found {first.shape}")
     height, width = (side * autoencoder.downsample for side in first.shape[1:])
     settings = {
         "record_shape": first.shape,
@@ -102,7 +104,9 @@ def import_latents(args: argparse.Namespace) -> None:
         start, stop = writer.image_range(shard)
         labels.append(source.labels(start, stop))
         low, high = labels[-1].min(), labels[-1].max()
-        if low < 0 or high >= args.n_classes:
+        if low < 0:
+            raise ValueError(f"{args.source} holds labels from {low}: expected 0 to n_classes - 1, extract it again")
+        if high >= args.n_classes:
             raise ValueError(f"{args.source} holds labels from {low} to {high}: set --n_classes to more than {high}")
         if shard not in done:
             records = as_moments(source.read(start, stop), autoencoder, scaled)

@@ -164,12 +164,23 @@ def test_bad_sources_end_with_one_line(tmp_path, autoencoder):
         (tmp_path / "six").mkdir()
         save_uvit(tmp_path / "six" / "0.npy", features(6)[0], 0)
         run(tmp_path / "six", tmp_path / "other", autoencoder, "uvit")
+    for moments, label, message in (
+        (features(8)[0], -1, "labels from -1: expected 0 to n_classes - 1"),
+        (np.zeros((8, 0, 8), np.float32), 0, r"empty records: expected \(channels, h, w\), found \(8, 0, 8\)"),
+    ):
+        save_uvit(tmp_path / "six" / "0.npy", moments, label)
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path / "six", tmp_path / "fresh", autoencoder, "uvit")
 
 
 def test_lightningdit_shards_that_do_not_fit(tmp_path):
     file = tmp_path / "a.safetensors"
     save_file({"latents": torch.zeros(2, 4, 4, 4), "labels": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match=r"a\.safetensors has no latents_flip"):
+        LightningDiTFolder(tmp_path)
+    none = torch.zeros(0, 4, 4, 4)
+    save_file({"latents": none, "latents_flip": none.clone(), "labels": torch.zeros(0)}, file)
+    with pytest.raises(ValueError, match="hold no images"):
         LightningDiTFolder(tmp_path)
     save_file(
         {"latents": torch.zeros(2, 4, 4, 4), "latents_flip": torch.zeros(3, 4, 4, 4), "labels": torch.zeros(2)}, file
