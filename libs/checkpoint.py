@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from libs.files import file_digest, flush_to_disk, json_digest
+from libs.files import file_digest, flush_to_disk, json_digest, replacing
 from libs.sharding import cut_like
 
 # (this project's name, released name); each pair is undone by its mirror image, so the table serves both directions.
@@ -121,10 +121,21 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             "because it could run code (or it is damaged)"
         ) from error
     except Exception as error:  # torch.load raises many types for a damaged file
-        raise ValueError(f"{path} could not be read as a plain state dict: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # of an empty file EOFError, without a word
+        raise ValueError(f"{path} could not be read as a plain state dict: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a plain state dict of tensors, found something else inside")
     return state
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], setting: str = "--out") -> None:
+    """One .safetensors file, whole or not there. Raises OSError, naming `setting`, where it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path, f"set {setting}") as file:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.name, metadata)
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(f"Cannot write {path}: {error}. Free space there, or set {setting}") from error
 
 
 # --- Training checkpoints: a folder <step>.ckpt of safetensors files and one state.json -------------------------------

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +31,25 @@ def replacing(path: str | Path, way_out: str = "set --out") -> Iterator[BinaryIO
             flush_to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path, setting: str = "--out", endings: Sequence[str] = (), folder: bool = False) -> None:
+    """Can a file, or a `folder`, be written at `path`? To be asked before the work that makes it; leaves nothing there.
+
+    Raises:
+        ValueError: not one of `endings`, or a folder where a file is wanted or the other way round.
+        OSError: nothing can be written there, or in the first folder above it that exists. Both name `setting`.
+    """
+    path = Path(path)
+    if endings and path.suffix not in endings:
+        raise ValueError(f"{setting} must end in {' or '.join(endings)}; found {path}")
+    if path.exists() and path.is_dir() != folder:
+        kinds = ("folder", "file") if folder else ("file", "folder")
+        raise ValueError(f"{setting} must be a {kinds[0]}, and {path} is a {kinds[1]}: set another {setting}")
+    place = (path if folder else path.parent).absolute()
+    place = next(above for above in (place, *place.parents) if above.exists())
+    with naming_the_way_out(path, f"set {setting}"), tempfile.TemporaryFile(dir=place):
+        pass
 
 
 def flush_to_disk(path: str | Path) -> None:

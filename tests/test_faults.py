@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -437,9 +438,23 @@ def test_posthoc_script_on_a_run(tiny_config, tmp_path):
         "nnet_ema_width_0.1.safetensors": "width 0.1",
     }
     assert (tmp_path / "ckpts" / "6.ckpt" / "nnet_ema_rate_0.5.safetensors").exists()
-    shutil.rmtree(tmp_path / "ckpts")
-    done = run_forked("scripts/posthoc_ema.py", "--ckpts", tmp_path / "ckpts", "--width", "0.1", "--out", out)
-    assert done.returncode != 0 and "error: no power-function averages" in done.stderr
+    (tmp_path / "ckpts" / "6.ckpt" / "nnet_ema_width_copy.safetensors").touch()
+    deeper, alone = tmp_path / "deeper" / "ema.safetensors", tmp_path / "alone"
+
+    def rebuild(*flags):
+        done = run_forked("scripts/posthoc_ema.py", "--ckpts", tmp_path, "--width", "0.1", "--out", deeper, *flags)
+        return done.stderr
+
+    assert not rebuild("--step", "4") and checkpoint.saved_settings(deeper)["step"] == 4
+    for flags, message in (
+        (("--step", "7"), "error: --step must be from 2 to 6, .*; found 7\n"),
+        (("--out", tmp_path), "error: --out must end in .safetensors; found .*\n"),
+        (("--out", "/proc/x.safetensors"), "error: Cannot write /proc/x.safetensors: .*, or set --out\n"),
+        (("--ckpts", alone), "error: no power-function averages in .*\n"),
+    ):
+        assert re.fullmatch(message, rebuild(*flags))
+    checkpoint.save_file({"other": torch.ones(1)}, tmp_path / "ckpts" / "2.ckpt" / "nnet_ema_width_0.05.safetensors")
+    assert re.fullmatch("error: .* are of different networks: expected one run's checkpoints in --ckpts\n", rebuild())
 
 
 def test_ema_is_one_operation_whatever_the_model():
