@@ -17,6 +17,7 @@ configs/DiMR-XL-2R_imagenet256.py or configs/DiMR-G-2R_imagenet256.py.
 import argparse
 import contextlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from pathlib import Path
 import ml_collections
 import torch
 from absl import logging
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
@@ -40,9 +41,10 @@ from libs.checkpoint import (
     read_state_dict,
     released_name,
     settings_metadata,
+    write_safetensors,
 )
 from libs.errors import errors_in_one_line
-from libs.files import file_digest
+from libs.files import check_writable, file_digest, replacing
 from libs.pipeline import DiMRNetwork, DiMRPipeline
 
 RELEASED_FILES = (".pth", ".pt")
@@ -116,36 +118,29 @@ def read_model(path: str, config_path: str | None = None) -> Model:
     return Model(state, config, step, utils.class_names(config, file), file)
 
 
-def write_safetensors(model: Model, out: Path) -> None:
-    """One file in this project's names, with the config, the training step and the classes' names in its metadata."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state.items()}
-    with whole(out) as temporary:
-        save_file(tensors, temporary, settings_metadata(model.settings))
-
-
 def write_released(model: Model, out: Path) -> None:
-    """One file in the released names, such as the released code loads."""
-    with whole(out) as temporary:
-        torch.save({released_name(name): tensor for name, tensor in model.state.items()}, temporary)
+    """One file in the released names, such as the released code loads. Raises OSError where it cannot be written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(out, "set OUT") as file:
+            torch.save({released_name(name): tensor for name, tensor in model.state.items()}, file)
+    except RuntimeError as error:  # how torch.save says that the disk is full
+        raise OSError(f"Cannot write {out}: {str(error).splitlines()[0]}. Free space there, or set OUT") from error
 
 
 @contextlib.contextmanager
 def whole(out: Path) -> Iterator[Path]:
-    """A path to write a file or folder to, which is named `out` at the end; after an error nothing is left of it."""
+    """A path to write a folder to, which is named `out` at the end; after an error nothing is left of it."""
     temporary = out.with_name(f".{out.name}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    remove(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
         temporary.replace(out)
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(f"Cannot write {out}: {error}. Free space there, or set OUT") from error
     finally:
-        remove(temporary)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def build_pipeline(model: Model) -> DiMRPipeline:
@@ -221,16 +216,15 @@ def write_card(model: Model, weights: Path, card: Path, out: Path) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError where OUT would write over something that it did not make."""
-    if out.suffix in (".bin", ".ckpt", ".pkl", ".npz"):
-        raise ValueError(f"{out}: expected NAME.safetensors, NAME.pth or a new folder")
-    if out.suffix in (".safetensors", *RELEASED_FILES):
-        if out.is_dir():
-            raise ValueError(f"{out} is a folder: give another name for the file")
-    elif out.exists():
+    """Raises ValueError or OSError where OUT cannot be written, or would write over something that it did not make."""
+    is_file = out.suffix in (".safetensors", *RELEASED_FILES)
+    if not is_file and re.match(r"\.[A-Za-z]", out.suffix):  # a folder's name may end in a version
+        raise ValueError(f"{out}: expected NAME.safetensors, NAME.pth or a new folder, whose name has no ending")
+    if not is_file and out.exists():
         raise ValueError(f"{out} exists: give a new folder (or NAME.safetensors or NAME.pth)")
+    check_writable(out, "OUT", folder=not is_file)
     card = out.parent / CARD_FILE
-    if out.suffix == ".safetensors" and card.is_file() and MARK not in card.read_text():
+    if out.suffix == ".safetensors" and card.is_file() and MARK not in card.read_text(errors="replace"):
         raise ValueError(f"{card} is there and no model card: put {out.name} into a folder of its own")
 
 
@@ -243,7 +237,7 @@ def convert(weights: str, out: Path, config_path: str | None = None) -> None:
     check_out(out)
     model = read_model(weights, config_path)
     if out.suffix == ".safetensors":
-        write_safetensors(model, out)
+        write_safetensors(model.state, out, settings_metadata(model.settings), "OUT")
         write_card(model, out, out.parent / CARD_FILE, out)
     elif out.suffix in RELEASED_FILES:
         write_released(model, out)

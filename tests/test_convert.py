@@ -109,7 +109,8 @@ def test_a_card_that_is_there_is_kept(state, config_file, tmp_path, capsys):
 def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):
     torch.save({released_name(name): tensor for name, tensor in state.items()}, tmp_path / "released.pth")
     (tmp_path / "with_readme").mkdir()
-    (tmp_path / "with_readme" / "README.md").write_text("# Something else")
+    (tmp_path / "with_readme" / "README.md").write_bytes(b"# Something else, not UTF-8: \xe9")
+    (tmp_path / "empty.pth").touch()
     cases = [
         (("released.pth", "own/a.safetensors", None), r"no config is saved with .*released.pth: give .* as --config"),
         (("released.pth", "with_readme/a.safetensors", config_file), "README.md is there and no model card"),
@@ -118,6 +119,13 @@ def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):
         (("released.pth", "own/a.safetensors", ROOT / "configs" / "digits.py"), "does not fit this model"),
         (("none.pth", "own/a.safetensors", config_file), "no checkpoint at"),
         (("released.pth", "own/a.bin", config_file), "a.bin: expected NAME.safetensors, NAME.pth or a new folder"),
+        (("released.pth", "own/a.safetensor", config_file), "a.safetensor: expected NAME.safetensors, NAME.pth or"),
+        (("released.pth", "/proc/a.pth", config_file), r"Cannot write /proc/a.pth: .*, or set OUT"),
+        (("released.pth", "/proc/a.safetensors", config_file), r"Cannot write /proc/a.safetensors: .*, or set OUT"),
+        (
+            ("empty.pth", "own/a.safetensors", config_file),
+            "empty.pth could not be read as a plain state dict: EOFError",
+        ),
     ]
     for (weights, out, config), message in cases:
         with pytest.raises((ValueError, OSError), match=message):
