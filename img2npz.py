@@ -13,7 +13,6 @@ again, and keeps its old content until the new one is whole.
 """
 
 import argparse
-import os
 import zipfile
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from libs.errors import errors_in_one_line
-from libs.files import replacing
+from libs.files import check_writable, replacing
 from libs.sample_set import SampleSet, few
 
 
@@ -30,10 +29,9 @@ def write_npz(images: SampleSet, out: Path) -> tuple[int, ...]:
     shape = (images.count, *images.size, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     refused = []
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+    with replacing(out) as file:
+        with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             np.lib.format.write_array_header_1_0(entry, header)
             progress = tqdm(total=images.count, desc="img2npz")
             for path, indices, pixels in images.files():
@@ -49,9 +47,6 @@ def write_npz(images: SampleSet, out: Path) -> tuple[int, ...]:
                 f"{folders}: {len(refused)} of {len(images.paths)} {'images' if path.suffix == '.png' else 'shards'} "
                 f"refused ({few(refused)}). Remove them and run eval.py again, which makes only what is missing"
             )
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return shape
 
 
@@ -70,6 +65,7 @@ def img2npz(
     for folder in folders:
         if out.resolve().parent == folder.resolve():
             raise ValueError(f"{out} would lie among the images: give an --out outside {folder}")
+    check_writable(out)
     shape = write_npz(images, out)
     if len(folders) > 1 and images.labels is not None:
         with replacing(out.with_name(f"{out.stem}_class_lab.txt")) as file:

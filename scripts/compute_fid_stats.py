@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs.adm_suite import NpzImages
 from libs.errors import errors_in_one_line
-from libs.files import replacing
+from libs.files import check_writable, replacing
 from libs.images import ImageBatches, ImageTree, Size, batch_ranges, image_size
 from libs.inception import find_inception, load_adm_inception
 from libs.metrics import GaussianStatistics
@@ -61,6 +61,10 @@ def folder_batches(folder: str, resolution: Size, batch_size: int, workers: int)
 
 def compute(args: argparse.Namespace) -> None:
     """Write the statistics of `args.images` to `args.out`. Raises ValueError, OSError."""
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}; found {getattr(args, name)}")
+    check_writable(args.out)
     if args.images.endswith(".npz"):
         images = NpzImages(args.images)
         n_images, batches = images.count, images.batches(args.batch_size)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs.adm_suite import ImageSet, SampledImages, check_sets, keep_features, open_reference, open_set, score_sets
 from libs.errors import errors_in_one_line
+from libs.files import check_writable
 from libs.inception import find_inception
 from libs.report import NAMES, usual_mistakes, write_report
 
@@ -57,6 +58,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """Print the scores of `args.samples` and write what was asked for. Raises ValueError, OSError."""
     if args.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1; found {args.batch_size}")
+    if args.out:
+        check_writable(args.out, folder=True)
+    if args.keep:
+        check_writable(args.keep, "--keep")
     samples, reference = open_samples(args.samples), open_reference(args.reference)
     check_sets(samples, reference)
     n_images = sum(part.count for part in samples)

@@ -71,6 +71,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
+    if args.workers is not None and args.workers < 0:
+        parser.error(f"--workers must be at least 0, found {args.workers}")
     return args
 
 

@@ -170,6 +170,12 @@ def test_folders_and_files_are_not_mixed(tmp_path):
     files = [str(tmp_path / name) for name in ("images.npz", "images.npz", "empty")]
     with pytest.raises(SystemExit, match=r"SAMPLES are folders \(.*empty, ...\) and files: give either"):
         evaluate_npz.main(files)
+    for flags, message in (
+        (("--out", files[0]), "--out must be a folder, and .* is a file"),
+        (("--keep", files[2]), "--keep must be a file, and .* is a folder"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            evaluate_npz.main([*files[:2], *flags])
     with pytest.raises(SystemExit, match="expected at least one image"):
         evaluate_npz.main([files[0], files[2]])
     np.savez(tmp_path / "wide.npz", np.zeros((5, 8, 16, 3), np.uint8))

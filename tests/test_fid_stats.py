@@ -63,4 +63,12 @@ def test_bad_input_ends_with_one_line(images, tmp_path, monkeypatch):
     (tmp_path / "images" / "03.png").write_bytes(b"junk")
     with pytest.raises(SystemExit, match=r"03\.png"):
         run("--images", "images", "--resolution", "8")
+    for flags, message in (
+        (("--batch_size", "0"), "--batch_size must be at least 1; found 0"),
+        (("--workers", "-1"), "--workers must be at least 0; found -1"),
+        (("--out", "images"), "--out must be a file, and images is a folder"),
+        (("--out", "images.npz/x.npz"), "Cannot write images.npz/x.npz: .*, or set --out"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            compute_fid_stats.main(["--images", "images.npz", "--out", "stats.npz", *flags])
     assert not (tmp_path / "stats.npz").exists()

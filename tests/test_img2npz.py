@@ -132,6 +132,8 @@ def test_number_of_samples(tmp_path):
         img2npz(folder, n_samples=5)
     with pytest.raises(ValueError, match="no folder"):
         img2npz(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"--out must be a file, and .* is a folder"):
+        img2npz(folder, tmp_path)
     with pytest.raises(ValueError, match="outside"):
         img2npz(folder, folder / "out.npz")
     assert no_output(folder)
