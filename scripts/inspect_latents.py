@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs.autoencoder import Autoencoder, load_autoencoder, sample_latents
 from libs.errors import errors_in_one_line
+from libs.files import check_writable, replacing
 from libs.latents import LatentStore
 
 CAPTION_HEIGHT = 16
@@ -77,6 +78,8 @@ def draw_samples(store: LatentStore, autoencoder: Autoencoder, n: int) -> Image.
 
 
 def inspect(args: argparse.Namespace) -> None:
+    if args.png:
+        check_writable(args.png, "--png", [".png"])
     store = LatentStore.open(args.store)
     print(describe(store))
     if args.verify:
@@ -85,7 +88,10 @@ def inspect(args: argparse.Namespace) -> None:
     if args.png:
         autoencoder = load_autoencoder(args.autoencoder)
         store.check_against(autoencoder=autoencoder.identity)
-        draw_samples(store, autoencoder, args.samples).save(args.png)
+        sheet = draw_samples(store, autoencoder, args.samples)
+        Path(args.png).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(args.png, "set --png") as file:
+            sheet.save(file, format="png")
         print(f"{'samples':12} {args.png}")
 
 

@@ -305,7 +305,12 @@ def test_inspect_refuses_another_autoencoder(tmp_path, autoencoder):
     with torch.no_grad():
         vae.quant_conv.bias += 1
     vae.save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match="autoencoder of the store is"):
-        inspect_latents.main(
-            [str(tmp_path / "out"), "--png", str(tmp_path / "x.png"), "--autoencoder", str(tmp_path / "other")]
-        )
+    for png, message in (
+        ("x.png", "autoencoder of the store is"),
+        ("x.foo", "--png must end in .png; found "),
+        ("out/index.json/x.png", "Cannot write .*, or set --png"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            inspect_latents.main(
+                [str(tmp_path / "out"), "--png", str(tmp_path / png), "--autoencoder", str(tmp_path / "other")]
+            )
