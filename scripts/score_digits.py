@@ -13,7 +13,8 @@ A small classifier is fitted to the real training digits (a few seconds). It jud
 
 The classifier sees 8x8 means, the resolution at which the digits were scanned: the scores say whether the digits are
 right and as varied as real ones, not how crisp their edges are. Beside the report it writes `samples.png`, ten digits
-of each class, and `loss.png`, the training loss. A report that is newer than all it is made from is kept.
+of each class, and `loss.png`, the training loss. A report of the same folders that is newer than its images and log is
+kept.
 """
 
 import argparse
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs import images as real_images
 from libs.errors import errors_in_one_line
+from libs.files import check_writable
 from libs.metrics import frechet_distance, gaussian_statistics
 from libs.sample_set import SampleSet
 
@@ -188,6 +190,16 @@ def is_current(outputs: Sequence[Path], inputs: Sequence[Path]) -> bool:
     )
 
 
+def kept_report(path: Path, n_images: int, made_from: dict) -> dict | None:
+    """The report at `path`; None where it is damaged, or of another number of images or other folders."""
+    try:
+        report = json.loads(path.read_text())
+        table(report)
+        return report if (report["n_images"], report["made_from"]) == (n_images, made_from) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def table(report: dict) -> str:
     """The report as a few aligned lines."""
     rows = [
@@ -204,23 +216,28 @@ def make_report(args: argparse.Namespace) -> tuple[dict, bool]:
     """Score and write the report and its two pictures, unless they are current. Returns (report, made now?)."""
     started = time.perf_counter()
     out = Path(args.out)
+    check_writable(out)
     grid, curve = out.with_name("samples.png"), out.with_name("loss.png")
     log = Path(args.train_dir) / "metrics.jsonl" if args.train_dir else None
-    outputs, inputs = [out, grid], [*SampleSet(args.images).paths, Path(args.images) / "class_lab.txt"]
+    generated = SampleSet(args.images)
+    folders = {"images": args.images, "digits": args.digits, "train_dir": args.train_dir}
+    made_from = {name: str(Path(folder).resolve()) for name, folder in folders.items() if folder}
+    outputs, inputs = [out, grid], [*generated.paths, Path(args.images) / "class_lab.txt"]
     if not inputs[-1].exists():
         raise ValueError(f"no {inputs[-1]}: expected the labels the images were asked to be; eval.py writes them")
     if log:
         if not log.exists():
             raise ValueError(f"no training log {log}: set --train_dir to the folder that train.py wrote")
         outputs, inputs = [*outputs, curve], [*inputs, log]
-    if is_current(outputs, inputs):
-        return json.loads(out.read_text()), False
+    if is_current(outputs, inputs) and (kept := kept_report(out, generated.count, made_from)):
+        return kept, False
     images, labels = read_generated(args.images)
     report = score(images, labels, read_real(f"{args.digits}/train"), read_real(f"{args.digits}/held_out"))
     picture = Image.fromarray(sample_grid(images, labels))
     write(grid, lambda temporary: picture.save(temporary, format="PNG"))
     if log:
         draw_loss(log, curve)
+    report["made_from"] = made_from
     report["seconds"] = round(args.seconds + time.perf_counter() - started, 1)
     write(out, lambda temporary: temporary.write_text(json.dumps(report, indent=2) + "\n"))
     return report, True

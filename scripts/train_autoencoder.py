@@ -13,6 +13,7 @@ fills the parts of the latent that the digits do not need with plain Gaussian no
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.errors import errors_in_one_line
+from libs.files import check_writable, replacing
 from libs.images import ImageTree, read_image
 
 IMAGE_SIZE = 32
@@ -134,7 +136,8 @@ def side_by_side(originals: Tensor, reconstructions: Tensor, path: Path, n_colum
         rows += [torch.cat(tuple(originals[chosen]), dim=2), torch.cat(tuple(reconstructions[chosen]), dim=2)]
     grid = torch.cat(rows, dim=1).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(path)
+    with replacing(path, "set --picture") as file:
+        Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(file, format="png")
 
 
 def main() -> None:
@@ -159,6 +162,16 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or give another --out")
+    for name in ("n_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1; found {getattr(args, name)}")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be above 0; found {args.lr}")
+    if not 0 <= args.kl_weight < math.inf:
+        raise ValueError(f"--kl_weight must be at least 0; found {args.kl_weight}")
+    check_writable(out, folder=True)
+    if args.picture:
+        check_writable(args.picture, "--picture", [".png"])
     images, held_out = read_images(args.images), read_images(args.held_out)
     started = time.perf_counter()
     autoencoder = train(

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from scripts import make_digits, score_digits
+from scripts import make_digits, score_digits, train_autoencoder
 
 ROOT = Path(__file__).resolve().parent.parent
 AUTOENCODER = ROOT / "assets/digits_autoencoder"
@@ -93,6 +93,24 @@ def test_autoencoder_is_small():
     assert sum(path.stat().st_size for path in AUTOENCODER.iterdir()) < 2_000_000
 
 
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--n_steps=0", "--n_steps must be at least 1; found 0"),
+        ("--batch_size=0", "--batch_size must be at least 1; found 0"),
+        ("--lr=nan", "--lr must be above 0; found nan"),
+        ("--lr=-1", "--lr must be above 0; found -1"),
+        ("--kl_weight=-1", "--kl_weight must be at least 0; found -1"),
+        ("--picture=p.foo", "--picture must end in .png; found p.foo"),
+        ("--out=/proc/x", "Cannot write /proc/x: .*, or set --out"),
+    ],
+)
+def test_training_of_the_autoencoder_refuses_before_it_begins(tmp_path, monkeypatch, flag, message):
+    monkeypatch.setattr("sys.argv", ["train_autoencoder.py", "--out", str(tmp_path / "out"), flag])
+    with pytest.raises(SystemExit, match=message):
+        train_autoencoder.main()
+
+
 def test_autoencoder_reconstructs_unseen_digits(held_out, reconstructed):
     error = np.mean((held_out[0].astype(float) - reconstructed) ** 2)
     assert 10 * np.log10(255**2 / error) > 34
@@ -152,7 +170,9 @@ def test_report_and_its_pictures(tmp_path, digits, held_out):
     args = arguments(tmp_path, digits)
     report, made = score_digits.make_report(args)
     assert made and report == json.loads((tmp_path / "report.json").read_text())
-    fields = "class_accuracy real_class_accuracy frechet_distance frechet_floor frechet_noise seconds n_images"
+    fields = (
+        "class_accuracy real_class_accuracy frechet_distance frechet_floor frechet_noise seconds n_images made_from"
+    )
     assert set(report) == set(fields.split()) and report["seconds"] > 100
     grid = np.asarray(Image.open(tmp_path / "samples.png"))
     first_seven = images[labels == 7][0].repeat(2, axis=0).repeat(2, axis=1)
@@ -163,6 +183,14 @@ def test_report_and_its_pictures(tmp_path, digits, held_out):
         "images", "loss.png", "report.json", "samples.png", "train",
     ]  # fmt: skip
     assert score_digits.make_report(args) == (report, False)
+    for damaged in ("{}", "\0"):
+        (tmp_path / "report.json").write_text(damaged)
+        again, made = score_digits.make_report(args)
+        assert made and {**again, "seconds": 0} == {**report, "seconds": 0}
+    (tmp_path / "images").rename(tmp_path / "others")
+    assert score_digits.make_report(arguments(tmp_path, digits, images=str(tmp_path / "others")))[1]
+    with pytest.raises(ValueError, match=r"--out must be a file, and .* is a folder"):
+        score_digits.make_report(arguments(tmp_path, digits, images=str(tmp_path / "others"), out=str(tmp_path)))
 
 
 def test_later_losses_of_a_step_count(tmp_path):
