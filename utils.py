@@ -165,6 +165,9 @@ def build_stages(config: ml_collections.ConfigDict) -> list[StageSpec]:
     if not isinstance(shape, tuple) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"config.z_shape must be (channels, height, width), three whole numbers; found {shape}")
     _, height, width = shape
+    stages = config.nnet.stages
+    if not isinstance(stages, tuple) or not all(isinstance(stage, ml_collections.ConfigDict) for stage in stages):
+        raise ValueError(f"config.nnet.stages must be stages, as configs/common.py makes them; found {stages}")
     specs = []
     for r, stage in enumerate(config.nnet.stages):
         patch = 2 ** (len(config.nnet.stages) - 1 - r)

@@ -8,6 +8,7 @@ PyTorch's eager mode plus the training state; temporaries come on top (leave a t
 FLOP/s that one GPU achieves on this model (two per multiply-add): what `train.py` logs as tflops_per_device.
 """
 
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -101,8 +102,10 @@ def main(argv: list[str]) -> None:
     program.no_arguments(argv)
     values = flags.FLAGS
     for name in ("memory_gb", "tflops", "gpus"):
-        if values[name].value <= 0:
+        if not 0 < values[name].value < math.inf:
             raise ValueError(f"--{name} must be above 0; found {values[name].value:g}")
+    utils.check_training(values.config)
+    utils.check_sampling(values.config)
     # PyTorch asks how recomputation should treat hooks on kept tensors, of which libs/cost.py's only count.
     warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
     print(describe(values.config, values.precision, values.memory_gb, values.tflops, values.gpus))

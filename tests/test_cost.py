@@ -66,5 +66,12 @@ def test_describe_model_prints_a_report():
     assert "Warning" not in done.stderr and not re.search(r"\d,\d{3}\.\d", done.stdout), done.stderr
     found = [describe_model.rounded(n) for n in (3549216.6, 123.4, 12.04, 0.01234, 1e-5)]
     assert found == ["3,550,000", "123", "12", "0.0123", "< 0.01"]
-    bad = run_forked("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=0")
-    assert bad.returncode == 1 and bad.stderr.strip().endswith("error: --gpus must be above 0; found 0")
+    for flag, message in (
+        ("--gpus=0", "--gpus must be above 0; found 0"),
+        ("--memory_gb=nan", "--memory_gb must be above 0; found nan"),
+        ("--config.train.n_steps=-1", "config.train.n_steps must be at least 1; found -1"),
+        ("--config.sample.sample_steps=0", "config.sample.sample_steps must be at least"),
+        ("--config.nnet.stages=3", "config.nnet.stages must be stages"),
+    ):
+        bad = run_forked("scripts/describe_model.py", "--config=configs/digits.py", flag)
+        assert bad.returncode == 1 and f"error: {message}" in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
