@@ -66,10 +66,10 @@ class Setting:
         return f"scale{self.scale:g}_steps{self.steps}{power}{interval}"
 
 
-def parse(values: list[str], flag: str, kind: type) -> list:
-    """The values of a list flag. Raises ValueError naming the flag."""
+def parse(values: list[str], flag: str, kind: type, none: bool = False) -> list:
+    """The values of a list flag, "none" among them where it may be. Raises ValueError naming the flag."""
     try:
-        found = [None if value == "none" else kind(value) for value in values]
+        found = [None if none and value == "none" else kind(value) for value in values]
     except ValueError:
         raise ValueError(f"--{flag}={','.join(values)} cannot be read: see --help for its form") from None
     if not found or len(set(found)) < len(found):
@@ -143,6 +143,24 @@ def choose_scorer(reference: str | None, digits: str, config: ml_collections.Con
     return DigitsScorer(digits)
 
 
+def config_of(setting: Setting, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config that samples one combination. Raises ValueError for one that cannot be sampled."""
+    config = ml_collections.ConfigDict(config)
+    config.sample.update(scale=setting.scale, scale_pow=setting.power, sample_steps=setting.steps)
+    config.sample.interval = setting.interval
+    utils.check_sampling(config)
+    return config
+
+
+def read_scores(file: Path) -> tuple[dict, dict]:
+    """The scores that `score_of` wrote, and what decided them. Raises ValueError for a damaged file."""
+    try:
+        kept = json.loads(file.read_text())
+        return dict(kept["scores"]), dict(kept["decided_by"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): remove it, and it is made again") from error
+
+
 def score_of(
     setting: Setting,
     config: ml_collections.ConfigDict,
@@ -156,10 +174,7 @@ def score_of(
     Args:
         loaded: the arguments nnet, autoencoder and weaker of `eval.sample_and_score`, and the two files of weights.
     """
-    config = ml_collections.ConfigDict(config)
-    config.sample.update(scale=setting.scale, scale_pow=setting.power, sample_steps=setting.steps)
-    config.sample.interval = setting.interval
-    utils.check_sampling(config)
+    config = config_of(setting, config)
     networks, (weights, weaker_weights) = loaded["networks"], loaded["files"]
     made_with = evaluation.sampling_settings(
         config, weights, weaker_weights, networks["autoencoder"], accelerator.mixed_precision
@@ -168,9 +183,9 @@ def score_of(
     folder, file = out / setting.name / "images", out / setting.name / "scores.json"
     decided_by = {**made_with, **scorer.identity}
     if file.is_file():
-        kept = json.loads(file.read_text())
-        if kept["decided_by"] == decided_by:
-            return kept["scores"] if accelerator.is_main_process else None
+        scores, kept_by = read_scores(file)
+        if kept_by == decided_by:
+            return scores if accelerator.is_main_process else None
     evaluation.check_same_settings(folder, made_with)
     accelerator.wait_for_everyone()  # every process has looked before one writes
     evaluation.sample_and_score(config, folder, accelerator=accelerator, settings=made_with, **networks)
@@ -246,6 +261,8 @@ def sweep(
     Raises:
         ValueError, OSError: settings or files that do not fit.
     """
+    for setting in settings:
+        config_of(setting, config)
     accelerator = program.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
@@ -272,8 +289,8 @@ def main(argv: list[str]) -> None:
         raise ValueError("set --nnet_path (weights) and --out (folder for the sweep)")
     settings = settings_of(
         parse(values.scales, "scales", float),
-        parse(values.powers, "powers", float),
-        parse(values.intervals, "intervals", parse_interval),
+        parse(values.powers, "powers", float, none=True),
+        parse(values.intervals, "intervals", parse_interval, none=True),
         parse(values.steps, "steps", int),
     )
     scorer = choose_scorer(values.reference, values.digits, values.config)

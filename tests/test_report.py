@@ -350,6 +350,12 @@ def test_sweep_scores_every_setting_once(tiny_config, weights, tmp_path):
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
     assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| ") == 11
 
+    damaged = tmp_path / "sweep" / settings[0].name / "scores.json"
+    for text in ("{", "{}", "[]"):
+        damaged.write_text(text)
+        with pytest.raises(ValueError, match=r"scores\.json is damaged .*: remove it"):
+            sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", settings[:1], scorer)
+
     # A set of the sweep is the set of eval.py.
     config = ml_collections.ConfigDict(tiny_config)
     config.sample.update(scale=4.0, scale_pow=2.0, sample_steps=3)
@@ -361,10 +367,15 @@ def test_sweep_scores_every_setting_once(tiny_config, weights, tmp_path):
 def test_sweep_settings():
     setting = Setting(2.0, 2.0, (0.2, 3.0), 20)
     assert (setting.name, setting.schedule) == ("scale2_steps20_power2_interval0.2-3", "power 2, 0.2 to 3")
-    assert sweep_guidance.parse(["none", "0.2:3"], "intervals", sweep_guidance.parse_interval) == [None, (0.2, 3.0)]
-    for values in (["a"], [], ["1", "1"]):
+    assert sweep_guidance.parse(["none", "0.2:3"], "intervals", sweep_guidance.parse_interval, none=True) == [
+        None,
+        (0.2, 3.0),
+    ]
+    for values in (["a"], ["none"], [], ["1", "1"]):
         with pytest.raises(ValueError, match="--scales"):
             sweep_guidance.parse(values, "scales", float)
     config = load_config("digits")
     with pytest.raises(ValueError, match=r"nothing to score by: set --reference .* or --digits"):
         sweep_guidance.choose_scorer(None, "absent", config)
+    with pytest.raises(ValueError, match="the guidance scale must be at least 1"):  # before any is sampled
+        sweep_guidance.sweep(config, "absent", None, settings_of([2.0, 0.5], [None], [None], [20]), Ink())
