@@ -32,10 +32,10 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
     """
     if how == "off":
         return
+    # Networks share their code, and blocks: one function is translated for each, in training, without gradients ...
+    torch._dynamo.config.recompile_limit = 64
     parts = [nnet]
     if how == "blocks":
-        # They share their code: one function is translated for each branch, in training, without gradients, and so on.
-        torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.optimize_ddp = False  # or blocks would be cut again, to send their gradients sooner
         parts = [stage.upsample for stage in nnet.stages[1:]]
         for stage in nnet.stages:
