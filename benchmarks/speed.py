@@ -1,7 +1,7 @@
 """Training and sampling speed of a config's network beside the released recipe and DiT-XL/2, one table per run.
 
     python benchmarks/speed.py train --config=configs/DiMR-XL-2R_imagenet256.py --batch=64 \
-        --variants=released-no,eager-bf16,compiled-bf16,compiled-bf16-recompute1,dit_compiled-bf16
+        --variants=released-no,released-bf16,eager-bf16,compiled-bf16,compiled-bf16-recompute1,dit_compiled-bf16
     python benchmarks/speed.py gradient --config=configs/DiMR-XL-2R_imagenet256.py --batch=2 \
         --variants=released-no,eager-no
     python benchmarks/speed.py sample --config=configs/digits.py --batch=50 --steps=20 --variants=released-no,eager-no

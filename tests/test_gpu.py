@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from conftest import overrides, run
 from test_network import inputs, small_model
+from test_train import losses
 
 import sde
 from benchmarks import kernels
@@ -80,3 +82,23 @@ def test_a_training_step_never_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(model.stages[0].skips[0].weight).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_programs_as_they_are_on_a_gpu(tiny_config, tmp_path, precision):
+    """Translated by the compiler, in 16 bits, with heads that it pads; the losses are those of float32 without."""
+    tiny_config.nnet.stages[0].dim = 40  # heads of 10
+    flags = overrides(tiny_config)
+    for name, how, mixed in (("plain", "off", "no"), ("usual", "auto", precision)):
+        workdir = [f"--workdir={tmp_path / name}", f"--config.train.compile={how}"]
+        done = run("train.py", *flags, *workdir, env={"ACCELERATE_MIXED_PRECISION": mixed}, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "usual") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+    for how in ("whole", "graphs"):
+        chosen = [f"--nnet_path={tmp_path / 'usual/ckpts/6.ckpt'}", f"--config.sample.compile={how}"]
+        folder = tmp_path / how
+        done = run(
+            "eval.py", *flags, *chosen, f"--IMGsave_path={folder}", env={"ACCELERATE_MIXED_PRECISION": precision}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(list(folder.glob("*.png"))) == 12
