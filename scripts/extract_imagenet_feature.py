@@ -84,9 +84,10 @@ def encode_batch(encode: Encode, images: torch.Tensor, flip: bool) -> np.ndarray
 
 
 def sizes_digest(tree: ImageTree, first: int, last: int) -> str:
-    """SHA-256 of the sizes of the files of images first..last - 1 (-1: a dangling link): tells other images of the
-    same names."""
-    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in map(tree.path, range(first, last))]
+    """SHA-256 of the sizes of 16 or more files of images first..last - 1 (-1: a dangling link), or of all if they are
+    fewer: tells other images of the same names, without asking a network disk for a million sizes."""
+    some = range(first, last, max(1, (last - first) // 16))
+    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in map(tree.path, some)]
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
