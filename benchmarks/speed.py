@@ -12,8 +12,8 @@
 (diffusers' DiT-XL/2 at its size). PRECISION: no, bf16 or fp16. triton: depthwise convolutions by the kernels of
 libs/depthwise_kernels.py, on a GPU.
 On a CPU variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them; on
-a GPU one after the other, as its memory need not hold all. Each is compared with the eager float32 network's outputs.
-The matrix-multiply ceiling is measured in the same run.
+a GPU one after the other, as its memory need not hold all. Each is compared with the eager float32 network: its outputs
+and, of "train", the losses of the first 20 steps. The matrix-multiply ceiling is measured in the same run.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from libs.solvers import dpm_solver_fast
 COMPILED = {"compiled": "whole", "blocks": "blocks", "graphs": "graphs"}
 PEERS = ("dit", "dit_compiled")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSSES = 20  # steps whose losses are compared
 
 
 class DiT(torch.nn.Module):
@@ -177,11 +178,17 @@ def matmul_ceiling(device, dtype, repeats=3):
     return 2 * n**3 / min(seconds[1:])
 
 
-def deviation(variant, reference):
-    """Largest difference of a variant's outputs (sample: images) from the reference's, over its largest value."""
+def checked(variant):
+    """What is compared of a variant: its outputs (sample: images), and of "train" the losses of its first steps."""
     with torch.no_grad(), variant.autocast():
-        found = variant.sample() if variant.args.task == "sample" else variant.nnet(variant.x, variant.t, variant.y)[-1]
-    return ((found.float().cpu() - reference).abs().max() / reference.abs().max()).item()
+        outputs = variant.sample() if variant.args.task == "sample" else variant.nnet(variant.x, variant.t, variant.y)[-1]
+    losses = [variant.step() for _ in range(LOSSES if variant.args.task == "train" else 0)]
+    return [outputs.float().cpu(), *([torch.stack(losses).float().cpu()] if losses else [])]
+
+
+def deviation(found, reference):
+    """Largest difference of values from the reference's, over its largest value."""
+    return ((found - reference).abs().max() / reference.abs().max()).item()
 
 
 @dataclass
@@ -190,7 +197,7 @@ class Result:
 
     seconds: list[float]
     memory: float
-    difference: float
+    deviations: list[float]  # of what `checked` gives; none of the peers
     flops: int
     dtype: torch.dtype
 
@@ -201,8 +208,9 @@ def measure(variants, rounds, reference):
     in_a_row = 5 if on_gpu and variants[0].args.task != "sample" else 1  # steps, as they come while training
     results = {}
     for variant in variants:
-        difference = float("nan") if variant.way in PEERS else deviation(variant, reference)
-        results[variant.name] = Result([], float("nan"), difference, variant.flops(), variant.dtype)
+        found = [] if variant.way in PEERS else checked(variant)
+        deviations = [deviation(*pair) for pair in zip(found, reference, strict=False)]
+        results[variant.name] = Result([], float("nan"), deviations, variant.flops(), variant.dtype)
     for number in range(rounds + 1):
         for variant in variants:
             gc.collect()
@@ -240,11 +248,8 @@ def main():
     for parameter in nnet.parameters():  # so that time, gates and norms do something
         parameter.data.add_(torch.randn_like(parameter) * 0.02)
 
-    plain = Variant("eager-no", nnet, args, config)
-    with torch.no_grad():
-        reference = plain.sample() if args.task == "sample" else plain.nnet(plain.x, plain.t, plain.y)[-1]
-    reference = reference.float().cpu()
-    del plain
+    reference = checked(Variant("eager-no-recompute1", nnet, args, config))  # recomputing: for a GPU's memory
+    gc.collect()
     names = args.variants.split(",")
     results = {}
     for together in [[name] for name in names] if device.type == "cuda" else [names]:
@@ -257,17 +262,19 @@ def main():
         f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end; Python "
         f"{platform.python_version()}, torch {torch.__version__}. {args.rounds} rounds, median (smallest to largest).\n"
     )
-    print("| variant | seconds | images/s | ratio | TFLOP/s | share of ceiling | peak GB | deviation |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| variant | seconds | images/s | ratio | TFLOP/s | share of ceiling | peak GB | outputs off | losses off |")
+    print("|---|---|---|---|---|---|---|---|---|")
     ceilings = {dtype: matmul_ceiling(device, dtype) for dtype in {result.dtype for result in results.values()}}
     first = statistics.median(results[names[0]].seconds)
     for name, result in results.items():
         median = statistics.median(result.seconds)
         rate = result.flops / median
+        memory = f"{result.memory:.1f}" if device.type == "cuda" else ""
+        off = [f"{value:.1e}" for value in result.deviations] + ["", ""]
         print(
             f"| {name} | {median:.3f} ({min(result.seconds):.3f} to {max(result.seconds):.3f}) "
             f"| {args.batch / median:.3g} | {first / median:.2f} | {rate / 1e12:.3f} "
-            f"| {rate / ceilings[result.dtype]:.0%} | {result.memory:.1f} | {result.difference:.1e} |",
+            f"| {rate / ceilings[result.dtype]:.0%} | {memory} | {off[0]} | {off[1]} |",
             flush=True,
         )
 
