@@ -180,10 +180,12 @@ def matmul_ceiling(device, dtype, repeats=3):
 
 def checked(variant):
     """What is compared of a variant: its outputs (sample: images), and of "train" the losses of its first steps."""
+    task, inputs = variant.args.task, (variant.x, variant.t, variant.y)
     with torch.no_grad(), variant.autocast():
-        outputs = variant.sample() if variant.args.task == "sample" else variant.nnet(variant.x, variant.t, variant.y)[-1]
-    losses = [variant.step() for _ in range(LOSSES if variant.args.task == "train" else 0)]
-    return [outputs.float().cpu(), *([torch.stack(losses).float().cpu()] if losses else [])]
+        found = [variant.sample() if task == "sample" else variant.nnet(*inputs)[-1]]
+    if task == "train":
+        found.append(torch.stack([variant.step() for _ in range(LOSSES)]))
+    return [values.float().cpu() for values in found]
 
 
 def deviation(found, reference):
@@ -219,7 +221,7 @@ def measure(variants, rounds, reference):
                 torch.cuda.reset_peak_memory_stats()
             variant.wait()
             begun = time.perf_counter()
-            for _ in range(in_a_row):
+            for _ in range(in_a_row if number else 1):
                 variant.run()
             variant.wait()
             if number:
