@@ -22,6 +22,7 @@ from pathlib import Path
 
 import accelerate
 import ml_collections
+import numpy as np
 import torch
 from absl import flags, logging
 from accelerate.utils import broadcast_object_list
@@ -37,6 +38,7 @@ from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_
 from libs.compilation import choose_compile, compile_network, round_weights
 from libs.files import file_digest, naming_the_way_out, replacing
 from libs.interrupt import failing_together
+from libs.pictures import check_finite
 from libs.report import NAMES, write_report
 from libs.sample_set import (
     LABELS_FILE,
@@ -153,7 +155,7 @@ def batches_to_make(
 
 
 def sample_set(
-    sample: Callable[[Sequence[int], Sequence[int]], Tensor],
+    sample: Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]],
     config: ml_collections.ConfigDict,
     folder: Path,
     indices: range,
@@ -170,6 +172,9 @@ def sample_set(
     Args:
         sample: what `utils.make_sampler` gives.
         labels: of all images of the set.
+
+    Raises:
+        ValueError: images that are not finite; none of their batch is written.
     """
     batches = batches_to_make(folder, indices, config.sample, accelerator)
     n_processes, process = accelerator.num_processes, accelerator.process_index
@@ -189,12 +194,17 @@ def sample_set(
                 batch = together[process]
                 own = common(batch, indices)
                 filled = range(batch.start, batch.start + size)
-                images = sample(filled, [labels[min(i, len(labels) - 1)] for i in filled])
-                images = to_host(images.permute(0, 2, 3, 1).contiguous())
+                images, finite = sample(filled, [labels[min(i, len(labels) - 1)] for i in filled])
+                images, finite = to_host(images.permute(0, 2, 3, 1).contiguous()), to_host(finite)
                 rows = slice(own.start - batch.start, own.stop - batch.start)
+
+                def pictures(images=images, finite=finite, rows=rows) -> np.ndarray:
+                    check_finite(finite()[rows])
+                    return images().numpy()[rows]
+
                 writer.put(
                     own,
-                    lambda images=images, rows=rows: images().numpy()[rows],
+                    pictures,
                     [labels[i] for i in own],
                     missing_files(folder, own, config.sample.output),
                 )

@@ -350,7 +350,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
 
         if step % settings.eval_interval == 0:
             with sharding.whole(sampled_network):
-                images = sample(range(len(grid_labels)), grid_labels) if main else None
+                images = sample(range(len(grid_labels)), grid_labels)[0] if main else None
             try:
                 if main:
                     pictures.save_grid(images, workdir / "samples" / f"{step}.png", columns=settings.grid_per_class)

@@ -27,7 +27,7 @@ from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import LatentStore
 from libs.monitor import peak_flops
-from libs.pictures import to_uint8
+from libs.pictures import finite, to_uint8
 from libs.randomness import SampleNoise
 from libs.run_record import flat
 from libs.sample_set import OUTPUTS, differences
@@ -426,8 +426,9 @@ def make_sampler(
     accelerator: accelerate.Accelerator,
     steps: int,
     weaker: nn.Module | None = None,
-) -> Callable[[Sequence[int], Sequence[int]], Tensor]:
-    """The one way from a network to images: sample(indices, labels) -> uint8 images (B, 3, H, W) on the device.
+) -> Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]:
+    """The one way from a network to images: sample(indices, labels) -> uint8 images (B, 3, H, W), and which of them
+    were finite (B,), to be given to `libs.pictures.check_finite`; both on the device.
 
     Image i depends on (config.seed, i, its label) and, through the arithmetic, on the batch it is made in. A call does
     not wait for the device. `weaker` guides in place of the unconditional half (see `open_weaker_network`).
@@ -435,7 +436,7 @@ def make_sampler(
     device, settings = accelerator.device, config.sample
 
     @torch.no_grad()
-    def sample(indices: Sequence[int], labels: Sequence[int]) -> Tensor:
+    def sample(indices: Sequence[int], labels: Sequence[int]) -> tuple[Tensor, Tensor]:
         bad = [label for label in labels if not 0 <= label <= null_label]
         if bad:
             raise ValueError(f"labels must be in 0..{null_label} ({null_label}: no class); found {bad[0]}")
@@ -449,7 +450,7 @@ def make_sampler(
             x = sde.solve(noise_model, schedule, x, settings.algorithm, steps, settings.order, noise.draw)
         if autoencoder is not None:
             x = autoencoder.decode(x)
-        return to_uint8(x)
+        return to_uint8(x), finite(x)
 
     return sample
 

@@ -18,6 +18,20 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def finite(images: Tensor) -> Tensor:
+    """Which of float images (B, ...) have neither NaN nor infinity: (B,) bool."""
+    return images.isfinite().flatten(1).all(dim=1)
+
+
+def check_finite(finite: Tensor) -> None:
+    """Raises ValueError unless all images were finite (B,), which uint8 does not show. Waits for the device."""
+    if bad := int((~finite).sum()):
+        raise ValueError(
+            f"{bad} of {len(finite)} images came out with NaN or infinity: the weights are damaged or of a run that "
+            "diverged, or fp16 cannot hold the network's values (take --mixed_precision bf16 or no)"
+        )
+
+
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
     path.parent.mkdir(parents=True, exist_ok=True)

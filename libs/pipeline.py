@@ -32,7 +32,7 @@ from libs.autoencoder import Autoencoder
 from libs.checkpoint import PIPELINE_FILE, STATE_FILE
 from libs.class_names import class_label
 from libs.dimr import DiMR, StageSpec
-from libs.pictures import to_uint8
+from libs.pictures import check_finite, finite, to_uint8
 from libs.randomness import SampleNoise
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -230,7 +230,7 @@ class DiMRPipeline(DiffusionPipeline):
                 )
             own = generator if generator is not None else torch.Generator(device).manual_seed(seed)
             x = self.step_by_step(draw(), y, steps, scale, own)
-        images = x if output_type == "latent" else self.as_output(to_uint8(self.decode(x)), output_type)
+        images = x if output_type == "latent" else self.as_output(self.decode(x), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -259,7 +259,9 @@ class DiMRPipeline(DiffusionPipeline):
         return x
 
     def as_output(self, images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-        """uint8 images (B, 3, H, W) in the form asked for."""
+        """Images (B, 3, H, W) in [-1, 1] in the form asked for. Raises ValueError for NaN and infinity."""
+        check_finite(finite(images))
+        images = to_uint8(images)
         if output_type == "pt":
             return images / 255
         images = images.permute(0, 2, 3, 1).cpu().numpy()

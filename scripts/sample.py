@@ -42,7 +42,7 @@ from libs.class_names import class_label
 from libs.compilation import round_weights
 from libs.errors import errors_in_one_line
 from libs.files import naming_the_way_out, replacing
-from libs.pictures import to_uint8
+from libs.pictures import check_finite, finite, to_uint8
 from libs.randomness import SampleNoise
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
@@ -117,8 +117,9 @@ class Model:
             self.weaker,
         )
         with bar:
-            parts = [as_pictures(sample(batch, [labels[min(i, n - 1)] for i in batch])) for batch in batches]
-        return np.concatenate(parts)[:n]
+            parts = [sample(batch, [labels[min(i, n - 1)] for i in batch]) for batch in batches]
+        check_finite(torch.cat([whole for _, whole in parts])[:n])
+        return np.concatenate([as_pictures(images) for images, _ in parts])[:n]
 
     def progress(self, evaluations: int) -> tqdm:
         """A bar over the network's evaluations, where somebody looks at it."""
@@ -187,7 +188,9 @@ class Model:
 
     def decoded(self, x: Tensor) -> np.ndarray:
         """Latents or pixels as pictures; latents of a smaller grid make smaller pictures."""
-        return as_pictures(to_uint8(self.autoencoder.decode(x) if self.autoencoder else x))
+        images = self.autoencoder.decode(x) if self.autoencoder else x
+        check_finite(finite(images))
+        return as_pictures(to_uint8(images))
 
 
 def find_autoencoder(path: str, weights: Path) -> str:

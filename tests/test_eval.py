@@ -161,7 +161,7 @@ def test_euler_maruyama_noise_is_a_function_of_the_index(tiny_config, weights):
     utils.load_network_weights(nnet, weights)
     schedule = training.sde.get_schedule("vpsde")
     sample = utils.make_sampler(tiny_config, nnet, nnet.null_label, schedule, None, accelerator, 4)
-    together, alone = sample([5, 6], [1, 2]), sample([6], [2])
+    together, alone = sample([5, 6], [1, 2])[0], sample([6], [2])[0]
     assert (together[1].int() - alone[0].int()).abs().max() <= 1
     with pytest.raises(ValueError, match=r"labels must be in 0..3 \(3: no class\); found 4"):
         sample([0], [4])

@@ -139,7 +139,8 @@ def test_sampling_never_waits_and_calls_the_network_once_per_step(on_meta, algor
     draw, draws = SampleNoise.draw, []
     monkeypatch.setattr(SampleNoise, "draw", lambda noise: draws.append(draw(noise)) or draws[-1])
     with NoWaiting() as mode:
-        images = sample(range(5), [0, 0, 1, 2, 3])
+        images, finite = sample(range(5), [0, 0, 1, 2, 3])
+    assert finite.is_meta and finite.shape == (5,)
     assert images.is_meta and images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
     assert nnet.calls == [10] * 12
     assert mode.copies == len(draws) + 1  # noise for each draw, and the labels

@@ -1,5 +1,6 @@
 """The sampling front: eval.py's pixels in a grid, what the branches show, errors in one line."""
 
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from conftest import load_config, run
 from forked import run_forked
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_pipeline import save_weights
 from tqdm import tqdm
 
@@ -134,6 +136,25 @@ def test_every_branch_estimates_the_picture_at_its_resolution(model):
         assert torch.allclose(found, F.avg_pool2d(x_0, ratio), atol=1e-5)
 
 
+def test_images_that_are_not_finite_are_an_error_and_not_written(tiny_config, weights, tmp_path):
+    state = load_file(weights)
+    state["stages.1.head.conv.bias"][0] = float("nan")
+    save_file(state, weights, {"config": json.dumps(utils.config_json(tiny_config))})
+    model = sample.Model(str(weights), None)
+    config = model.with_settings(None, None, None)
+    with pytest.raises(ValueError, match="5 of 5 images came out with NaN or infinity"):
+        model.sample(config, [0] * 5)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.trajectory(config, [0], [0])
+    pipe = converting.build_pipeline(converting.read_model(str(weights)))
+    with pytest.raises(ValueError, match="2 of 2 images"):
+        pipe([0, 1])
+    assert pipe([0, 1], output_type="latent").images.isnan().any()
+    with pytest.raises(ValueError, match="4 of 4 images"):
+        evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
+    assert not list((tmp_path / "images").glob("*.png"))
+
+
 def test_the_trajectory_ends_in_the_sample_and_shows_guided_branches(model):
     config = model.with_settings(3, 2.5, 9)
     times, pictures, samples = model.trajectory(config, [0, 2], [1, 2])
@@ -142,7 +163,7 @@ def test_the_trajectory_ends_in_the_sample_and_shows_guided_branches(model):
     direct = sample.as_pictures(
         utils.make_sampler(config, model.nnet, 3, model.schedule, model.autoencoder, model.accelerator, 9)(
             [0, 2], [1, 2]
-        )
+        )[0]
     )
     assert np.array_equal(samples, direct)
     eps = torch.tensor([1.0, 2.0, 5.0, 7.0]).view(4, 1, 1, 1)  # two conditional, two not
