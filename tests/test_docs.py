@@ -53,6 +53,7 @@ RUN_BY_TESTS = {
 NOT_RUN = {
     "scripts/quickstart.sh": "installs and trains for minutes; it is the README's first command and is run by hand",
     "scripts/test.sh": "runs these tests",
+    "benchmarks/cpu.sh": "takes 20 minutes and 24 GB",
     "benchmarks/faults.py": "takes half an hour; test_faults.py injects the same faults",
 }
 NEEDS = {
