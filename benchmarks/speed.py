@@ -182,10 +182,11 @@ def checked(variant):
     """What is compared of a variant: its outputs (sample: images), and of "train" the losses of its first steps."""
     task, inputs = variant.args.task, (variant.x, variant.t, variant.y)
     with torch.no_grad(), variant.autocast():
-        found = [variant.sample() if task == "sample" else variant.nnet(*inputs)[-1]]
+        outputs = variant.sample() if task == "sample" else variant.nnet(*inputs)[-1]
+        found = [outputs.float().cpu()]  # at once: the next run of a CUDA graph writes over them
     if task == "train":
-        found.append(torch.stack([variant.step() for _ in range(LOSSES)]))
-    return [values.float().cpu() for values in found]
+        found.append(torch.tensor([variant.step().item() for _ in range(LOSSES)]))
+    return found
 
 
 def deviation(found, reference):
