@@ -306,7 +306,7 @@ def open_networks(
     weights = find_weights(nnet_path)
     state = read_state_dict(weights)
     utils.check_trained_as(config, weights)
-    nnet = utils.build_network(config).to(device).eval()
+    nnet = utils.build_empty_network(config, device).eval()
     load_weights(nnet, state, str(weights))
     weaker, weaker_weights = utils.open_weaker_network(config, device)
     config.sample.compile = choose_compile(config.sample.compile, device)

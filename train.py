@@ -207,6 +207,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     log_with = ["tensorboard"] + (["wandb"] if config.wandb.mode != "disabled" else [])
     accelerator = program.make_accelerator(log_with=log_with, project_dir=str(workdir))
     device, main, scaler = accelerator.device, accelerator.is_main_process, accelerator.scaler
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: cuDNN's fastest convolutions, found by timing them
     if not main:
         logging.set_verbosity(logging.ERROR)
 
@@ -222,7 +223,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
         for part in range(settings.accumulation)
     ]
     torch.manual_seed(config.seed)
-    nnet = utils.build_network(config).to(device)
+    resuming = bool(checkpoint.checkpoint_folders(workdir / "ckpts"))
+    nnet = utils.build_empty_network(config, device) if resuming else utils.build_network(config).to(device)
     null_label = nnet.null_label
     weaker, _ = utils.open_weaker_network(config, device)
     autoencoder = utils.open_autoencoder(config, device)
@@ -236,7 +238,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
         planned = PlannedImages(settings.fid_samples, utils.image_size(config, autoencoder), "config.train.fid_samples")
         scoring = utils.open_scoring(config.fid_stat, False, planned)
 
-    start_from(nnet, config, resuming=bool(checkpoint.checkpoint_folders(workdir / "ckpts")))
+    start_from(nnet, config, resuming)
     averages = make_averages(nnet, config)
     if settings.sharded:
         sharding.shard(nnet, [average.model for average in averages.values()], device)
@@ -290,6 +292,9 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     n_rows = min(settings.grid_classes, max(config.dataset.n_classes, 1))
     grid_labels = [label for label in range(n_rows) for _ in range(settings.grid_per_class)]
     sampled_network = averages[checkpoint.EMA_FILE].model
+    uses = sum((settings.n_steps - step) // k for k in (settings.eval_interval, settings.fid_interval) if k)
+    if uses > 1 and not settings.sharded:
+        compile_network(sampled_network, choose_compile(settings.compile, device))
     sample = utils.make_sampler(
         config, sampled_network, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps, weaker
     )

@@ -211,6 +211,11 @@ def build_network_on_meta(config: ml_collections.ConfigDict) -> DiMR:
         return build_network(config)
 
 
+def build_empty_network(config: ml_collections.ConfigDict, device: torch.device) -> DiMR:
+    """The network with memory for its weights but no values, for weights that are loaded at once."""
+    return build_network_on_meta(config).to_empty(device=device)
+
+
 def choose_depthwise_kernel(nnet: DiMR, kernel: str, setting: str, device: torch.device) -> None:
     """Have a network's depthwise convolutions computed by one of `libs.depthwise.KERNELS`; before it is compiled.
 
@@ -328,7 +333,7 @@ def open_weaker_network(
                 )
     file = find_weights(settings.autoguidance_path)
     check_trained_as(other, file)
-    nnet = build_network(other).to(device).eval().requires_grad_(False)
+    nnet = build_empty_network(other, device).eval().requires_grad_(False)
     return nnet, load_network_weights(nnet, file)
 
 

@@ -2,10 +2,12 @@
 
     python benchmarks/kernels.py
 
-For the convolutions of the released models in bfloat16, the forward pass, the gradient of the input and that of weights
-and bias. GB/s is of the bytes that a pass cannot do without (two arrays of features, read or written), beside the
-bandwidth of a plain copy measured in the same run. The deviation is the largest difference from float32's results over
-their largest value. The Triton kernels keep weights in float32; PyTorch gets them in bfloat16, as autocast hands them.
+For the convolutions of the released models: the forward pass, the gradient of the input and that of weights and bias.
+In bfloat16, and the Triton kernels in float32 too: so they get the features of blocks before the middle, whose residual
+stream is float32 (PyTorch's convolution gets a rounded copy of those). GB/s is of the bytes that a pass cannot do
+without (two arrays of features, read or written), beside the bandwidth of a plain copy measured in the same run. The
+deviation is the largest difference from float32's results over their largest value. The Triton kernels keep weights in
+float32; PyTorch gets them in bfloat16, as autocast hands them.
 """
 
 import argparse
@@ -29,6 +31,7 @@ SIZES = {  # (B, h, w, D): the branches of ConvNeXt blocks
     "XL/3R, finest, 64 images": (64, 64, 64, 240),
 }
 WAYS = ("PyTorch, channels last", "PyTorch, contiguous", "Triton")
+TIMED = [(way, torch.bfloat16) for way in WAYS] + [("Triton", torch.float32)]
 KERNEL_SIZE = 7
 SETS = 3  # of inputs, taken in turn, so that none is still in the cache
 CALLS = 10  # timed together
@@ -107,6 +110,7 @@ def copy_bandwidth(rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--sizes", default="", help="only those with these words in their name, such as XL/2R")
     args = parser.parse_args()
     if not torch.cuda.is_available() or depthwise.kernels is None:
         raise SystemExit("error: times kernels on a GPU; found no CUDA device, or no triton")
@@ -116,25 +120,28 @@ def main():
     print(
         f"`python benchmarks/kernels.py {' '.join(sys.argv[1:])}`\n\n{torch.cuda.get_device_name()}, Python "
         f"{platform.python_version()}, torch {torch.__version__}; a copy moves {bandwidth / 1e9:.0f} GB/s. "
-        f"{KERNEL_SIZE}x{KERNEL_SIZE}, bfloat16, {args.rounds} rounds of {CALLS} calls, median (smallest to largest).\n"
+        f"{KERNEL_SIZE}x{KERNEL_SIZE}, {args.rounds} rounds of {CALLS} calls, median (smallest to largest).\n"
     )
     print("| size | pass | way | microseconds | GB/s | share of the copy's | deviation |")
     print("|---|---|---|---|---|---|---|")
     for title, shape in SIZES.items():
+        if args.sizes not in title:
+            continue
         sets = [make_inputs(shape, "cuda", torch.bfloat16, seed) for seed in range(SETS)]
         x, grad, weight, bias = sets[0]
         exact = passes(WAYS[1], x.float(), grad.float(), weight, bias)
         for name in exact:
             reference = alike(WAYS[1], name, exact[name]())
-            for way in WAYS:
-                functions = [passes(way, *inputs)[name] for inputs in sets]
+            for way, dtype in TIMED:
+                functions = [passes(way, x.to(dtype), g.to(dtype), w, b)[name] for x, g, w, b in sets]
                 found = alike(way, name, functions[0]())
                 difference = ((found - reference).abs().max() / reference.abs().max()).item()
                 times = [1e6 * second for second in timed(functions, args.rounds)]
                 median = statistics.median(times)
-                rate = 2 * x.nbytes / (median / 1e6)
+                rate = 2 * x.numel() * dtype.itemsize / (median / 1e6)
                 print(
-                    f"| {title} | {name} | {way} | {median:.1f} ({min(times):.1f} to {max(times):.1f}) "
+                    f"| {title} | {name} | {way}, {str(dtype)[6:]} "
+                    f"| {median:.1f} ({min(times):.1f} to {max(times):.1f}) "
                     f"| {rate / 1e9:.0f} | {rate / bandwidth:.0%} | {difference:.1e} |",
                     flush=True,
                 )

@@ -12,16 +12,20 @@
 (diffusers' DiT-XL/2 at its size). PRECISION: no, bf16 or fp16. triton: depthwise convolutions by the kernels of
 libs/depthwise_kernels.py, on a GPU.
 On a CPU variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them; on
-a GPU one after the other, as its memory need not hold all. Each is compared with the eager float32 network: its outputs
-and, of "train", the losses of the first 20 steps. The matrix-multiply ceiling is measured in the same run.
+a GPU one after the other, as its memory need not hold all: a row is printed as soon as it is measured. Each is compared
+with the eager float32 network: its outputs and, of "train", the losses of the first steps (--losses). "first" is the
+seconds of the first call, in which a network is compiled. The matrix-multiply ceiling is measured in the same run.
+--profile=FILE appends, for each variant on a GPU, where one more run's time went.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import gc
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -39,13 +43,22 @@ from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
 from libs.compilation import compile_network, round_weights
 from libs.ema import EMA
 from libs.optim import clip_or_skip, make_adamw
-from libs.program import keep_freed_memory
+from libs.program import avoid_cudnn_attention, keep_freed_memory
 from libs.solvers import dpm_solver_fast
 
 COMPILED = {"compiled": "whole", "blocks": "blocks", "graphs": "graphs"}
 PEERS = ("dit", "dit_compiled")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOSSES = 20  # steps whose losses are compared
+
+KERNELS = {  # what a GPU's kernel is part of, by its name: the first that fits
+    "attention": "sdpa|flash|fmha|attention",
+    "fused passes": "^triton_",
+    "depthwise (Triton)": "^(convolve|weight_gradient)",
+    "depthwise, convolutions": "conv|wgrad2d|dgrad2d|cudnn|implicit|nchw|nhwc|winograd",
+    "matrix products": "gemm|nvjet|cutlass|splitK|cublas",
+    "optimiser, average, norm": "multi_tensor_apply|foreach|lpnorm",
+    "copies": "^Memcpy|^Memset",
+}
 
 
 class DiT(torch.nn.Module):
@@ -156,7 +169,7 @@ class Variant:
         """Operations of one `run` that the arithmetic needs: no recomputation, two per multiply-add."""
         with torch.device("meta"):
             inputs = self.x[:1].to("meta"), self.t[:1].to("meta"), self.y[:1].to("meta")
-        plain = DiT() if self.way in PEERS else utils.build_network(self.config)
+            plain = DiT() if self.way in PEERS else utils.build_network(self.config)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             plain.to("meta")(*inputs)
         passes = 2 * self.args.steps if self.args.task == "sample" else 3
@@ -181,11 +194,13 @@ def matmul_ceiling(device, dtype, repeats=3):
 def checked(variant):
     """What is compared of a variant: its outputs (sample: images), and of "train" the losses of its first steps."""
     task, inputs = variant.args.task, (variant.x, variant.t, variant.y)
-    with torch.no_grad(), variant.autocast():
+    begun = time.perf_counter()
+    with torch.set_grad_enabled(task != "sample"), variant.autocast():  # the graph that is timed, and no other
         outputs = variant.sample() if task == "sample" else variant.nnet(*inputs)[-1]
-        found = [outputs.float().cpu()]  # at once: the next run of a CUDA graph writes over them
+        found = [outputs.detach().float().cpu()]  # at once: the next run of a CUDA graph writes over them
+    variant.first = time.perf_counter() - begun
     if task == "train":
-        found.append(torch.tensor([variant.step().item() for _ in range(LOSSES)]))
+        found.append(torch.tensor([variant.step().item() for _ in range(variant.args.losses)]))
     return found
 
 
@@ -203,18 +218,20 @@ class Result:
     deviations: list[float]  # of what `checked` gives; none of the peers
     flops: int
     dtype: torch.dtype
+    first: float  # seconds of the first call, in which it is compiled
 
 
-def measure(variants, rounds, reference):
+def measure(variants, args, reference):
     """{name: Result} of variants that are timed in turn, the first round not counted."""
     on_gpu = variants[0].device.type == "cuda"
     in_a_row = 5 if on_gpu and variants[0].args.task != "sample" else 1  # steps, as they come while training
     results = {}
     for variant in variants:
-        found = [] if variant.way in PEERS else checked(variant)
+        found = checked(variant)
+        found = [] if variant.way in PEERS else found
         deviations = [deviation(*pair) for pair in zip(found, reference, strict=False)]
-        results[variant.name] = Result([], float("nan"), deviations, variant.flops(), variant.dtype)
-    for number in range(rounds + 1):
+        results[variant.name] = Result([], float("nan"), deviations, variant.flops(), variant.dtype, variant.first)
+    for number in range(args.rounds + 1):
         for variant in variants:
             gc.collect()
             if on_gpu and not number:
@@ -229,7 +246,48 @@ def measure(variants, rounds, reference):
                 results[variant.name].seconds.append((time.perf_counter() - begun) / in_a_row)
             if on_gpu:
                 results[variant.name].memory = torch.cuda.max_memory_allocated() / 1e9
+    for variant in variants if on_gpu and args.profile else ():
+        profile(variant, args.profile)
     return results
+
+
+def profile(variant, file):
+    """Append to a file where the GPU's time of one run goes: by `KERNELS`, and the kernels that take most of it."""
+    variant.wait()
+    begun = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        variant.run()
+        variant.wait()
+    seconds, averages = time.perf_counter() - begun, recorded.key_averages()
+    sums, counts = collections.Counter(), collections.Counter()
+    for kernel in averages:
+        kind = next((kind for kind, words in KERNELS.items() if re.search(words, kernel.key)), "others")
+        sums[kind] += kernel.self_device_time_total / 1e3
+        counts[kind] += kernel.count
+    busy = sum(sums.values())
+    lines = [
+        f"{variant.args.task} {variant.name}, batch {variant.args.batch}: {busy:.1f} ms of {seconds * 1e3:.1f} ms busy"
+    ]
+    lines += [
+        f"{value:9.2f} ms {value / busy:5.1%} {counts[kind]:6d} calls  {kind}" for kind, value in sums.most_common()
+    ]
+    largest = sorted(averages, key=lambda kernel: -kernel.self_device_time_total)[:40]
+    lines += [f"{k.self_device_time_total / 1e3:9.3f} ms {k.count:5d} x {k.key[:150]}" for k in largest]
+    with open(file, "a") as text:
+        text.write("\n".join([*lines, "", ""]))
+
+
+def row(name, result, args, before, ceilings):
+    """A line of the table; `before`: the median seconds of the variant that ratios are to."""
+    median = statistics.median(result.seconds)
+    rate = result.flops / median
+    memory = "" if result.memory != result.memory else f"{result.memory:.1f}"
+    off = [f"{value:.1e}" for value in result.deviations] + ["", ""]
+    return (
+        f"| {name} | {median:.3f} ({min(result.seconds):.3f} to {max(result.seconds):.3f}) | {args.batch / median:.3g} "
+        f"| {before / median:.2f} | {rate / 1e12:.3f} | {rate / ceilings[result.dtype]:.0%} | {memory} "
+        f"| {result.first:.0f} | {off[0]} | {off[1]} |"
+    )
 
 
 def main():
@@ -240,46 +298,51 @@ def main():
     parser.add_argument("--steps", type=int, default=250, help="network evaluations per image (sample)")
     parser.add_argument("--variants", default="released-no,eager-no,eager-bf16")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--losses", type=int, default=20, help="first steps compared; 0: nothing is compared")
+    parser.add_argument("--profile", type=Path, help="file for where the time of each variant goes, on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     config, device = utils.load_config(args.config), torch.device(args.device)
     if device.type == "cpu":
         keep_freed_memory()  # as train.py and eval.py do
+    else:
+        avoid_cudnn_attention()
+        torch.backends.cudnn.benchmark = args.task != "sample"
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, as it is in matrix products
     torch.manual_seed(0)
-    nnet = utils.build_network(config)
-    for parameter in nnet.parameters():  # so that time, gates and norms do something
-        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    with device:  # where a GPU is, half a billion numbers are drawn at once
+        nnet = utils.build_network(config)
+        for parameter in nnet.parameters():  # so that time, gates and norms do something
+            parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    nnet.cpu()
 
-    reference = checked(Variant("eager-no-recompute1", nnet, args, config))  # recomputing: for a GPU's memory
-    gc.collect()
     names = args.variants.split(",")
-    results = {}
-    for together in [[name] for name in names] if device.type == "cuda" else [names]:
-        results |= measure([Variant(name, nnet, args, config) for name in together], args.rounds, reference)
-        torch._dynamo.reset()
-
+    ceilings = {dtype: matmul_ceiling(device, dtype) for dtype in {DTYPES[name.split("-")[1]] for name in names}}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, CPU"
     print(
         f"`python benchmarks/speed.py {' '.join(sys.argv[1:])}`\n\n{where}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end; Python "
-        f"{platform.python_version()}, torch {torch.__version__}. {args.rounds} rounds, median (smallest to largest).\n"
+        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start; Python "
+        f"{platform.python_version()}, torch {torch.__version__}. {args.rounds} rounds, median (smallest to largest). "
+        f"Ceilings: {', '.join(f'{str(dtype)[6:]} {rate / 1e12:.3g} TFLOP/s' for dtype, rate in ceilings.items())}.\n"
     )
-    print("| variant | seconds | images/s | ratio | TFLOP/s | share of ceiling | peak GB | outputs off | losses off |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    ceilings = {dtype: matmul_ceiling(device, dtype) for dtype in {result.dtype for result in results.values()}}
-    first = statistics.median(results[names[0]].seconds)
-    for name, result in results.items():
-        median = statistics.median(result.seconds)
-        rate = result.flops / median
-        memory = f"{result.memory:.1f}" if device.type == "cuda" else ""
-        off = [f"{value:.1e}" for value in result.deviations] + ["", ""]
-        print(
-            f"| {name} | {median:.3f} ({min(result.seconds):.3f} to {max(result.seconds):.3f}) "
-            f"| {args.batch / median:.3g} | {first / median:.2f} | {rate / 1e12:.3f} "
-            f"| {rate / ceilings[result.dtype]:.0%} | {memory} | {off[0]} | {off[1]} |",
-            flush=True,
-        )
+    print(
+        "| variant | seconds | images/s | ratio | TFLOP/s | of ceiling | peak GB | first s | outputs off | losses off |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    # Recomputing, for a GPU's memory.
+    reference = checked(Variant("eager-no-recompute1", nnet, args, config)) if args.losses else []
+    gc.collect()
+    before = None
+    for together in [[name] for name in names] if device.type == "cuda" else [names]:
+        try:
+            results = measure([Variant(name, nnet, args, config) for name in together], args, reference)
+        except torch.OutOfMemoryError:
+            print(f"| {', '.join(together)} | out of memory |", flush=True)
+            results = {}
+        for name, result in results.items():
+            before = before or statistics.median(result.seconds)
+            print(row(name, result, args, before, ceilings), flush=True)
+        torch._dynamo.reset()
 
 
 if __name__ == "__main__":

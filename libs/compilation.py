@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from absl import logging
 from torch import Tensor, nn
 
 from libs.dimr import DiMR
@@ -27,11 +28,14 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
     Args:
         how: whole, blocks or off. For sampling also graphs: whole, and on a GPU its launches recorded as one CUDA
             graph, so that the host's time per call does not count (it does with small batches).
-        final_weights: the weights will not change any more, and no gradient is asked for. On a CPU a network compiled
-            whole then keeps them laid out for its matrix products.
+        final_weights: the network is sampled with: its weights will not change any more, and no gradient is asked
+            for. It is then compiled to the same kernels in every process (by default the compiler chooses among
+            reductions by timing them), so that the images are the same from any number of processes. On a CPU a network
+            compiled whole keeps its weights laid out for its matrix products.
     """
     if how == "off":
         return
+    logging.info("torch.compile (%s): the first call takes minutes for a large network", how)
     # Networks share their code, and blocks: one function is translated for each, in training, without gradients ...
     torch._dynamo.config.recompile_limit = 64
     parts = [nnet]
@@ -40,10 +44,12 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
         parts = [stage.upsample for stage in nnet.stages[1:]]
         for stage in nnet.stages:
             parts += [*stage.blocks, *stage.skips, stage.head]
-    mode = "reduce-overhead" if how == "graphs" else None
+    options = {"deterministic": True} if final_weights else {}
+    if how == "graphs":
+        options["triton.cudagraphs"] = True
     for module in parts:
         # The forward method and not the module, whose hooks (DDP's, FSDP's) stay outside.
-        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, mode=mode)
+        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, options=options or None)
     if how == "graphs":
         nnet.forward = keeping_outputs(nnet.forward)
     if how == "whole" and final_weights and next(nnet.parameters()).device.type == "cpu":

@@ -14,6 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # Dense bf16/fp16 peak in FLOP/s by words of the device's name, the first that fit (data sheets, without sparsity).
 PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 990e12,
     "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,

@@ -73,7 +73,7 @@ class Model:
         )
         self.accelerator = program.make_accelerator()
         device = self.accelerator.device
-        self.nnet = utils.build_network(self.config).to(device).eval().requires_grad_(False)
+        self.nnet = utils.build_empty_network(self.config, device).eval().requires_grad_(False)
         load_weights(self.nnet, state, str(file))
         self.weaker, _ = utils.open_weaker_network(self.config, device)
         for network in [self.nnet, self.weaker] if self.weaker else [self.nnet]:

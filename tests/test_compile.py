@@ -41,7 +41,7 @@ def graphs(monkeypatch):
     )
     compiler = torch.compile
 
-    def compile_with_backend(function, mode=None, **kwargs):
+    def compile_with_backend(function, options=None, **kwargs):
         return compiler(function, backend=backend, **kwargs)
 
     torch._dynamo.reset()

@@ -32,7 +32,7 @@ def test_depthwise_kernels(shape, k, dtype):
         found, again = function(), function()
         assert torch.equal(found, again)
         expected = kernels.alike("PyTorch, contiguous", name, exact[name]())
-        eps = 1e-5 if name == "weight gradient" else max(torch.finfo(dtype).eps / 2, 1e-6) * 1.01
+        eps = 1e-5 if name == "weight gradient" else max(torch.finfo(dtype).eps / 2, 2e-6) * 1.01  # sums of 49 terms
         difference = (found.float().cpu() - expected).abs()
         assert (difference <= eps * (expected.abs() + expected.abs().mean())).all(), name
 
@@ -94,11 +94,12 @@ def test_the_programs_as_they_are_on_a_gpu(tiny_config, tmp_path, precision):
         done = run("train.py", *flags, *workdir, env={"ACCELERATE_MIXED_PRECISION": mixed}, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "usual") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
-    for how in ("whole", "graphs"):
+    for name, how in (("whole", "whole"), ("again", "whole"), ("graphs", "graphs")):
         chosen = [f"--nnet_path={tmp_path / 'usual/ckpts/6.ckpt'}", f"--config.sample.compile={how}"]
-        folder = tmp_path / how
-        done = run(
-            "eval.py", *flags, *chosen, f"--IMGsave_path={folder}", env={"ACCELERATE_MIXED_PRECISION": precision}
-        )
+        # Each process compiles for itself, as those of several machines do.
+        env = {"ACCELERATE_MIXED_PRECISION": precision, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache_{name}")}
+        done = run("eval.py", *flags, *chosen, f"--IMGsave_path={tmp_path / name}", env=env)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert len(list(folder.glob("*.png"))) == 12
+        assert len(list((tmp_path / name).glob("*.png"))) == 12
+    for image in (tmp_path / "whole").glob("*.png"):
+        assert image.read_bytes() == (tmp_path / "again" / image.name).read_bytes()
