@@ -9,6 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class UserError(ValueError):
+    """A mistake that a user can mend. The launcher prints its message in one line, without a stack trace."""
+
+
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """A block whose errors, where users can mend them, end the program with `error: ...` and status 1."""
@@ -25,7 +29,7 @@ def is_for_users(error: BaseException) -> bool:
 
     So it does where a line of this project raised it, and where the system refuses a file or its space.
     """
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]
     own = Path(frame.filename).resolve().is_relative_to(ROOT) and "site-packages" not in frame.filename
