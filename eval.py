@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 import sde
 import utils
-from libs import program
+from libs import launch
 from libs.adm_suite import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
 from libs.compilation import choose_compile, compile_network, round_weights
 from libs.files import file_digest, naming_the_way_out, replacing
-from libs.interrupt import failing_together
+from libs.launch import failing_together
 from libs.pictures import check_finite
 from libs.report import NAMES, write_report
 from libs.sample_set import (
@@ -340,7 +340,7 @@ def evaluate(
     folder = Path(folder)
     utils.check_sampling(config)
     chosen = chosen_indices(config, indices, classes)
-    accelerator = program.make_accelerator()
+    accelerator = launch.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
     networks, files = open_networks(config, nnet_path, accelerator)
@@ -363,11 +363,11 @@ def evaluate(
         sampling["ema_profile"] = ema_profile(weights)
         sampling |= {"labels": "balanced: index * n_classes // n_samples"}
         report(config, folder, scores, scoring[0], sampling, accelerator.device)
-    program.finish(accelerator)
+    launch.finish(accelerator)
 
 
 def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
+    launch.no_arguments(argv)
     values = flags.FLAGS
     config = values.config
     if not values.nnet_path:
@@ -384,7 +384,7 @@ def main(argv: list[str]) -> None:
         values.nnet_path,
         values.IMGsave_path,
         values.metrics,
-        program.config_name(),
+        launch.config_name(),
         values.indices,
         values.classes,
     )
@@ -394,7 +394,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.define_config_flag("What to sample from: the config that the weights were trained with.")
+    launch.define_config_flag("What to sample from: the config that the weights were trained with.")
     flags.DEFINE_string("nnet_path", None, "Weights: .pth, .safetensors, a checkpoint or pipeline folder, or hf://...")
     flags.DEFINE_string("IMGsave_path", "saved_images", "Folder for the images.")
     flags.DEFINE_string(
@@ -411,4 +411,4 @@ if __name__ == "__main__":
         None,
         "Power of the power-cosine schedule, 0: constant scale; config.sample.scale_pow unless given.",
     )
-    program.run(main)
+    launch.run(main)

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from libs.errors import errors_in_one_line
 from libs.files import check_writable, replacing
+from libs.launch import errors_in_one_line
 from libs.sample_set import SampleSet, few
 
 

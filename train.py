@@ -28,7 +28,7 @@ from tqdm import tqdm
 import eval as evaluation
 import sde
 import utils
-from libs import checkpoint, monitor, pictures, program, run_record, sharding
+from libs import checkpoint, launch, monitor, pictures, run_record, sharding
 from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.compilation import choose_compile, compile_network
@@ -36,8 +36,8 @@ from libs.data import StepBatches, make_loader, own_rows
 from libs.ema import EMA, PowerEMA
 from libs.files import naming_the_way_out
 from libs.images import ImageDataset
-from libs.interrupt import REQUEUE_STATUS, StopRequest, failing_together
 from libs.latents import LatentStore
+from libs.launch import REQUEUE_STATUS, StopRequest, failing_together
 from libs.optim import clip_or_skip, make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
 
@@ -205,7 +205,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     """`train`, told by `stop` when to end."""
     workdir, settings = Path(workdir), config.train
     log_with = ["tensorboard"] + (["wandb"] if config.wandb.mode != "disabled" else [])
-    accelerator = program.make_accelerator(log_with=log_with, project_dir=str(workdir))
+    accelerator = launch.make_accelerator(log_with=log_with, project_dir=str(workdir))
     device, main, scaler = accelerator.device, accelerator.is_main_process, accelerator.scaler
     torch.backends.cudnn.benchmark = True  # shapes are fixed: cuDNN's fastest convolutions, found by timing them
     if not main:
@@ -261,7 +261,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
         logging.info("already trained for %d steps: nothing to do", step)
         (workdir / REQUEUE_FILE).unlink(missing_ok=True)
         del nnet, averages, optimizer
-        program.finish(accelerator)
+        launch.finish(accelerator)
         return 0
 
     data = make_loader(dataset, batches, config.dataset.num_workers, pin_memory=device.type == "cuda")
@@ -394,12 +394,12 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
         if saved_step != step:
             logging.error("the last checkpoint was lost: run the command again to train on from step %d", saved_step)
             status = status or 1
-    # The wrapped model and what refers to it go before the processes part (see program.finish).
+    # The wrapped model and what refers to it go before the processes part (see launch.finish).
     del nnet, wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample
     del sampled_network
     if lock is not None:
         lock.close()
-    program.finish(accelerator)
+    launch.finish(accelerator)
     return status
 
 
@@ -466,9 +466,9 @@ def fid_of_samples(
 
 
 def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
+    launch.no_arguments(argv)
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    status = train(config, workdir or Path("workdir") / program.config_name())
+    status = train(config, workdir or Path("workdir") / launch.config_name())
     if status:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -476,6 +476,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.define_config_flag("What to train: a file of configs/.")
+    launch.define_config_flag("What to train: a file of configs/.")
     flags.DEFINE_string("workdir", None, "Where to write; workdir/<name of the config file> unless given.")
-    program.run(main)
+    launch.run(main)

@@ -42,13 +42,13 @@ N_RECORDS, BATCH = 256, 32
 # so that it overflows, falls and has something to remember.
 FP16_ON_CPU = """
 import runpy, sys, torch
-from libs import program
-make = program.make_accelerator
+from libs import launch
+make = launch.make_accelerator
 def with_fp16(**kwargs):
     accelerator = make(**kwargs)
     accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", growth_interval=3)
     return accelerator
-program.make_accelerator = with_fp16
+launch.make_accelerator = with_fp16
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """

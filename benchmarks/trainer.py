@@ -34,8 +34,8 @@ from libs import monitor, run_record
 from libs.autoencoder import load_autoencoder
 from libs.data import StepBatches
 from libs.ema import EMA
-from libs.interrupt import StopRequest
 from libs.latents import StoreWriter
+from libs.launch import StopRequest
 from libs.optim import make_adamw
 from libs.randomness import step_draws
 

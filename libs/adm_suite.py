@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from libs.files import file_digest, read_npy_header, replacing
 from libs.inception import CLASSES, POOL, SPATIAL, AdmInception, load_adm_inception
-from libs.interrupt import failing_together
+from libs.launch import failing_together
 from libs.metrics import (
     GaussianStatistics,
     frechet_distance,

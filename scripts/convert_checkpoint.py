@@ -43,8 +43,8 @@ from libs.checkpoint import (
     settings_metadata,
     write_safetensors,
 )
-from libs.errors import errors_in_one_line
 from libs.files import check_writable, file_digest, replacing
+from libs.launch import errors_in_one_line
 from libs.pipeline import DiMRNetwork, DiMRPipeline
 
 RELEASED_FILES = (".pth", ".pt")

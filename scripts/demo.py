@@ -30,7 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.class_names import class_label, find_classes
-from libs.errors import errors_in_one_line, is_for_users
+from libs.launch import errors_in_one_line, is_for_users
 from scripts.sample import Model, class_caption, trajectory_sheet
 
 if TYPE_CHECKING:

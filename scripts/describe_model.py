@@ -19,7 +19,7 @@ from absl import flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 import utils
-from libs import cost, program
+from libs import cost, launch
 
 # (recompute, recompute_keeps_products) and how the table calls it
 RECOMPUTATIONS = {
@@ -99,7 +99,7 @@ def describe(config: ml_collections.ConfigDict, precision: str, memory_gb: float
 
 
 def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
+    launch.no_arguments(argv)
     values = flags.FLAGS
     for name in ("memory_gb", "tflops", "gpus"):
         if not 0 < values[name].value < math.inf:
@@ -112,9 +112,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.define_config_flag("The model: a file of configs/.")
+    launch.define_config_flag("The model: a file of configs/.")
     flags.DEFINE_enum("precision", "bf16", sorted(cost.PRECISIONS), "As accelerate's --mixed_precision.")
     flags.DEFINE_float("memory_gb", 80, "Memory of a GPU.")
     flags.DEFINE_float("tflops", 400, "FLOP/s that a GPU achieves, in 1e12.")
     flags.DEFINE_integer("gpus", 8, "GPUs of the run.")
-    program.run(main)
+    launch.run(main)

@@ -32,9 +32,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import load_autoencoder
-from libs.errors import errors_in_one_line
 from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
+from libs.launch import errors_in_one_line
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w)
 T = TypeVar("T")

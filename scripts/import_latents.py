@@ -22,9 +22,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import LOGVAR_RANGE, Autoencoder, load_autoencoder
-from libs.errors import errors_in_one_line
 from libs.feature_formats import FORMATS
 from libs.latents import DTYPES, LatentStore, StoreWriter
+from libs.launch import errors_in_one_line
 
 SCALED = {"uvit": False, "fast-dit": True, "lightningdit": False}  # whether sampled latents are times the scale
 

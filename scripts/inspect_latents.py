@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import Autoencoder, load_autoencoder, sample_latents
-from libs.errors import errors_in_one_line
 from libs.files import check_writable, replacing
 from libs.latents import LatentStore
+from libs.launch import errors_in_one_line
 
 CAPTION_HEIGHT = 16
 

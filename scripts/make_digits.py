@@ -23,7 +23,7 @@ from sklearn.model_selection import train_test_split
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.errors import errors_in_one_line
+from libs.launch import errors_in_one_line
 
 IMAGE_SIZE = 32
 N_HELD_OUT = 500

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.errors import errors_in_one_line
+from libs.launch import errors_in_one_line
 from scripts.make_digits import enlarge, split_indices
 
 N_CLASSES = 10

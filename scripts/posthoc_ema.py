@@ -24,8 +24,8 @@ from libs.checkpoint import (
     write_safetensors,
 )
 from libs.ema import posthoc_weights
-from libs.errors import errors_in_one_line
 from libs.files import check_writable
+from libs.launch import errors_in_one_line
 
 
 def stored_averages(root: Path, step: int | None) -> list[tuple[int, float, Path]]:

@@ -36,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import sde
 import utils
-from libs import program
+from libs import launch
 from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label
 from libs.compilation import round_weights
-from libs.errors import errors_in_one_line
 from libs.files import naming_the_way_out, replacing
+from libs.launch import errors_in_one_line
 from libs.pictures import check_finite, finite, to_uint8
 from libs.randomness import SampleNoise
 
@@ -71,7 +71,7 @@ class Model:
         self.config.autoencoder.pretrained_path = autoencoder or find_autoencoder(
             self.config.autoencoder.pretrained_path, file
         )
-        self.accelerator = program.make_accelerator()
+        self.accelerator = launch.make_accelerator()
         device = self.accelerator.device
         self.nnet = utils.build_empty_network(self.config, device).eval().requires_grad_(False)
         load_weights(self.nnet, state, str(file))

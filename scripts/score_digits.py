@@ -35,8 +35,8 @@ from sklearn.neural_network import MLPClassifier
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import images as real_images
-from libs.errors import errors_in_one_line
 from libs.files import check_writable
+from libs.launch import errors_in_one_line
 from libs.metrics import frechet_distance, gaussian_statistics
 from libs.sample_set import SampleSet
 

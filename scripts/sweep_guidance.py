@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import eval as evaluation
 import utils
-from libs import program
+from libs import launch
 from libs.adm_suite import PlannedImages, SampledImages, open_reference, score_sets
 from libs.files import file_digest, replacing
 from libs.report import NAMES
@@ -263,7 +263,7 @@ def sweep(
     """
     for setting in settings:
         config_of(setting, config)
-    accelerator = program.make_accelerator()
+    accelerator = launch.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
     networks, files = evaluation.open_networks(config, nnet_path, accelerator)
@@ -278,12 +278,12 @@ def sweep(
         draw(rows, scorer, out / "sweep.png")
         logging.info("best: %s, %s; tables and plot in %s", rows[0][0].name, rows[0][1], out)
     main = accelerator.is_main_process
-    program.finish(accelerator)
+    launch.finish(accelerator)
     return rows if main else None
 
 
 def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
+    launch.no_arguments(argv)
     values = flags.FLAGS
     if not values.nnet_path or not values.out:
         raise ValueError("set --nnet_path (weights) and --out (folder for the sweep)")
@@ -298,7 +298,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.define_config_flag("What to sample from: the config that the weights were trained with.")
+    launch.define_config_flag("What to sample from: the config that the weights were trained with.")
     flags.DEFINE_string("nnet_path", None, "Weights: .pth, .safetensors or a checkpoint folder.")
     flags.DEFINE_string("out", None, "Folder for the sweep.")
     flags.DEFINE_list("scales", ["1", "1.5", "2", "3", "4"], "Guidance scales, 1: none.")
@@ -307,4 +307,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("steps", ["20", "50"], "Network evaluations per image.")
     flags.DEFINE_string("reference", None, "Reference .npz: score by ADM's suite; config.fid_stat unless given.")
     flags.DEFINE_string("digits", "workdir/quickstart/digits", "Real digits, to score digits by.")
-    program.run(main)
+    launch.run(main)

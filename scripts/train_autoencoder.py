@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.errors import errors_in_one_line
 from libs.files import check_writable, replacing
 from libs.images import ImageTree, read_image
+from libs.launch import errors_in_one_line
 
 IMAGE_SIZE = 32
 MAX_SHIFT = 2  # pixels; the digits leave at least this much black around them

@@ -13,7 +13,7 @@ import eval as evaluation
 import train as training
 import utils
 from img2npz import img2npz
-from libs import program
+from libs import launch
 from libs.checkpoint import load_weights, read_state_dict, released_name
 from libs.sample_set import balanced_label
 from libs.solvers import SOLVERS
@@ -156,7 +156,7 @@ def test_released_names_give_the_same_images(tiny_config, weights, tmp_path):
 def test_euler_maruyama_noise_is_a_function_of_the_index(tiny_config, weights):
     tiny_config.schedule = "vpsde"
     tiny_config.sample.algorithm = "euler_maruyama_sde"
-    accelerator = program.make_accelerator()
+    accelerator = launch.make_accelerator()
     nnet = utils.build_network(tiny_config).eval()
     utils.load_network_weights(nnet, weights)
     schedule = training.sde.get_schedule("vpsde")

@@ -251,7 +251,7 @@ FULL_ON_ONE = """
 import os, sys
 sys.path.insert(0, ".")
 import train
-from libs import program
+from libs import launch
 from libs.sample_set import SetWriter
 
 def full(*args):
@@ -259,9 +259,9 @@ def full(*args):
 
 if os.environ["RANK"] == "1":
     SetWriter.put = full
-program.define_config_flag("")
+launch.define_config_flag("")
 train.flags.DEFINE_string("workdir", None, "")
-program.run(train.main)
+launch.run(train.main)
 """
 
 

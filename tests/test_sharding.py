@@ -19,7 +19,7 @@ from forked import Forked
 from test_train import assert_same_checkpoint, losses
 
 import train as training
-from libs import checkpoint, program, sharding
+from libs import checkpoint, launch, sharding
 from libs.ema import EMA
 from libs.optim import clip_or_skip, make_adamw
 
@@ -229,9 +229,9 @@ def full_disk():
         save_file(tensors, path)
 
     checkpoint.save_file = full_at_first
-    program.define_config_flag("")
+    launch.define_config_flag("")
     training.flags.DEFINE_string("workdir", None, "")
-    program.run(training.main)
+    launch.run(training.main)
 
 
 def pieces(folder):

@@ -274,7 +274,7 @@ def test_freed_memory_is_kept_on_a_cpu():
     """Its pages would have to be cleared again for the next tensor."""
     code = """
 import resource, sys, torch
-from libs.program import keep_freed_memory
+from libs.launch import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():

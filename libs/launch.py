@@ -1,6 +1,8 @@
-"""How a program starts, fails and ends: its flags, its processes, its errors in one line.
+"""How a program starts, fails, is stopped and ends: its flags, its processes, its errors in one line.
 
-The one module of libs/ that reads flags and the config behind them: here they are parsed.
+The one module of libs/ that reads flags and the config behind them: here they are parsed. A user's mistake ends a
+program in one line; a bug keeps its stack trace. Signals that ask a run to stop are agreed on by all processes at the
+same step, and an error of one is raised by all.
 """
 
 import ctypes
@@ -9,22 +11,33 @@ import operator
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import accelerate
 import ml_collections
 import torch
+import torch.distributed as dist
 from absl import app, flags, logging
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from configs import common
-from libs.errors import is_for_users
-from libs.interrupt import TIMEOUT
+from libs import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = timedelta(hours=2)  # of a collective operation: the main process may write or sample for long
+REQUEUE_STATUS = 75  # "temporary failure, try again" (EX_TEMPFAIL of sysexits.h)
+
+# --- Start, flags and end ---------------------------------------------------------------------------------------------
 
 
 def make_accelerator(**kwargs) -> accelerate.Accelerator:
@@ -178,3 +191,111 @@ def lost_process(error: BaseException) -> bool:
     """Did a collective operation fail because the connection to another process broke?"""
     broken = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
     return isinstance(error, RuntimeError) and any(reason in str(error) for reason in broken)
+
+
+# --- Errors in one line -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """A block whose errors, where users can mend them, end the program with `error: ...` and status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not is_for_users(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def is_for_users(error: BaseException) -> bool:
+    """Does its message tell a user what to change?
+
+    So it does where a line of this project raised it, and where the system refuses a file or its space.
+    """
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
+        return True
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    own = Path(frame.filename).resolve().is_relative_to(ROOT) and "site-packages" not in frame.filename
+    return own and "raise" in frame.line
+
+
+# --- Stopping together ------------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 (the warning that Slurm sends) asks for a checkpoint and an end at the next step.
+
+    So does the end of the launcher (accelerate launch, torchrun), which a signal kills without passing it on.
+
+    Whether a signal has come to any process is agreed on over the host's network, so the device never waits. A process
+    that is gone makes the others' agreement fail at once instead of leaving them in a collective operation.
+
+    A context manager: signals are noted within, and given back to their former handlers after it.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received = ""
+        self.launcher = os.getppid() if started_by_launcher() else None
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self.group = None
+
+    def _note(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Has any process been asked to stop? A collective call, once a step.
+
+        Raises:
+            RuntimeError: another process is gone.
+        """
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.received = self.received or "the launcher's end"
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return bool(self.received)
+        if self.group is None:
+            self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        asked = torch.tensor([int(bool(self.received))])
+        try:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
+        except (RuntimeError, ValueError) as error:
+            raise RuntimeError(
+                f"another process of this run is gone (rank {os.environ.get('RANK')}: {error})"
+            ) from error
+        return bool(asked.item())
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.group = None
+
+
+@contextmanager
+def failing_together(state: Accelerator | PartialState) -> Iterator[None]:
+    """A block of all processes, without collective calls, whose ValueError or OSError in one is raised by all of them.
+
+    All have left the block when one goes on. Else one that failed would leave the others waiting for it.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as own:
+        error = own
+    errors = gather_object([error]) if state.num_processes > 1 else [error]
+    for found in [error, *errors]:  # its own first, which has a stack trace
+        if found is not None:
+            raise found
+
+
+def started_by_launcher() -> bool:
+    """Is the parent process accelerate's or PyTorch's launcher? False where the system does not tell."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    names = rb"(^|/)(accelerate|torchrun)$|^(accelerate\.commands|torch\.distributed)\."
+    return any(re.search(names, word) for word in words)
