@@ -28,7 +28,7 @@ from tqdm import tqdm
 import eval as evaluation
 import sde
 import utils
-from libs import checkpoint, launch, monitor, pictures, run_record, sharding
+from libs import checkpoint, launch, logger, pictures, sharding
 from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.compilation import choose_compile, compile_network
@@ -135,7 +135,7 @@ def resume(
             continue
         saved = {name: state.get(name, {}) for name in settings}
         saved["config"] = utils.config_json(utils.config_from_json(saved["config"]))  # with what was added since
-        run_record.check_same_run(settings, saved, may_change, folder)
+        logger.check_same_run(settings, saved, may_change, folder)
         checkpoint.load_weights(nnet, tensors[checkpoint.WEIGHTS_FILE], str(folder))
         for name, average in averages.items():
             if name not in tensors:
@@ -144,8 +144,8 @@ def resume(
         checkpoint.load_optimizer_tensors(optimizer, nnet, tensors[checkpoint.OPTIMIZER_FILE])
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        if state["code"] != run_record.code_version():
-            logging.warning("%s was written by code %s, this is %s", folder, state["code"], run_record.code_version())
+        if state["code"] != logger.code_version():
+            logging.warning("%s was written by code %s, this is %s", folder, state["code"], logger.code_version())
         logging.info("going on from %s", folder)
         return state["step"]
     if folders:
@@ -176,7 +176,7 @@ def save(
     cannot be written (a full disk) is lost, the run and the older checkpoints are not.
     """
     state = {"step": step, "scaler": scaler.state_dict() if scaler is not None else None}
-    state |= {"code": run_record.code_version(), **settings}
+    state |= {"code": logger.code_version(), **settings}
     try:
         checkpoint.save_checkpoint(folder, tensors, state)
     except OSError as error:
@@ -232,7 +232,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
     identity = run_settings(config, accelerator, dataset)
     class_names = dataset.class_names if config.dataset.n_classes else []
-    run_record.check_same_everywhere(identity)
+    logger.check_same_everywhere(identity)
     scoring = None
     if settings.fid_interval:
         planned = PlannedImages(settings.fid_samples, utils.image_size(config, autoencoder), "config.train.fid_samples")
@@ -273,10 +273,10 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     with failing_together(accelerator), naming_the_way_out(workdir, "set --workdir"):
         if main:
             workdir.mkdir(parents=True, exist_ok=True)
-            lock = run_record.become_only_writer(workdir)
+            lock = logger.become_only_writer(workdir)
             (workdir / REQUEUE_FILE).unlink(missing_ok=True)
             (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
-            log = run_record.MetricsLog(workdir / "metrics.jsonl", step)
+            log = logger.MetricsLog(workdir / "metrics.jsonl", step)
     if main:
         describe_run(config, workdir, nnet, averages, accelerator, len(dataset), batches.steps_per_epoch)
     accelerator.init_trackers(
@@ -298,8 +298,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     sample = utils.make_sampler(
         config, sampled_network, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps, weaker
     )
-    flops_per_image = monitor.training_flops_per_image(utils.build_network_on_meta(config), tuple(config.z_shape))
-    losses, timer = monitor.LossMeter(len(weights), device), monitor.StepTimer(device)
+    flops_per_image = logger.training_flops_per_image(utils.build_network_on_meta(config), tuple(config.z_shape))
+    losses, timer = logger.LossMeter(len(weights), device), logger.StepTimer(device)
     loss_weights = torch.tensor(weights, device=device)
     skipped = torch.zeros(2, device=device)  # updates that were not finite: in a row, in all
     saved_step, status = step, 0
@@ -342,7 +342,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             in_row, in_all = skipped.tolist()
             metrics |= utils.throughput(metrics["seconds_per_step/all"], config, flops_per_image, accelerator)
             metrics["skipped_updates"] = in_all
-            run_record.log_to_trackers(accelerator, metrics, step)
+            logger.log_to_trackers(accelerator, metrics, step)
             if main:
                 log.write(step, metrics)
                 progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
@@ -378,7 +378,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
                     config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator, scoring, weaker
                 )
             if fid is not None:
-                run_record.log_to_trackers(accelerator, {"fid": fid}, step)
+                logger.log_to_trackers(accelerator, {"fid": fid}, step)
                 log.write(step, {"fid": fid})
             timer.reset()
 
@@ -427,7 +427,7 @@ def describe_run(
     logging.info("  %.6g MB of weights, gradients, moments and averages per process, %s", held / 1e6, layout)
     logging.info("  data %s: %d records, %d steps per epoch", config.dataset.path, n_records, steps_per_epoch)
     logging.info(
-        "  %s precision on %s; code %s", accelerator.mixed_precision, accelerator.device, run_record.code_version()
+        "  %s precision on %s; code %s", accelerator.mixed_precision, accelerator.device, logger.code_version()
     )
 
 

@@ -26,10 +26,9 @@ from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import LatentStore
-from libs.monitor import peak_flops
+from libs.logger import flat, peak_flops
 from libs.pictures import finite, to_uint8
 from libs.randomness import SampleNoise
-from libs.run_record import flat
 from libs.sample_set import OUTPUTS, differences
 from libs.transfer import to_device
 

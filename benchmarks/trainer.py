@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sde
 import train as training
 import utils
-from libs import monitor, run_record
+from libs import logger
 from libs.autoencoder import load_autoencoder
 from libs.data import StepBatches
 from libs.ema import EMA
@@ -123,13 +123,13 @@ PARTS = (
     ("gradient norm, check for NaN", training, "clip_or_skip"),
     ("learning rate", training, "set_lr"),
     ("agreement on signals", StopRequest, "agreed"),
-    ("sums of losses", monitor.LossMeter, "add"),
-    ("clock", monitor.StepTimer, "mark"),
-    ("log every 10 steps", monitor.LossMeter, "read"),
-    ("log every 10 steps", monitor.StepTimer, "read"),
+    ("sums of losses", logger.LossMeter, "add"),
+    ("clock", logger.StepTimer, "mark"),
+    ("log every 10 steps", logger.LossMeter, "read"),
+    ("log every 10 steps", logger.StepTimer, "read"),
     ("log every 10 steps", utils, "throughput"),
     ("log every 10 steps", run_record, "log_to_trackers"),
-    ("log every 10 steps", run_record.MetricsLog, "write"),
+    ("log every 10 steps", logger.MetricsLog, "write"),
 )
 
 

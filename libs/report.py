@@ -19,8 +19,8 @@ import torch
 from libs.adm_suite import ImageSet, KeptFeatures, NpzImages, Reference, Scores
 from libs.checkpoint import WEIGHTS_FILE
 from libs.files import file_digest, replacing
+from libs.logger import code_version
 from libs.pictures import save_grid
-from libs.run_record import code_version
 
 PUBLISHED_IMAGES = 50_000  # behind published scores
 NAMES = {

@@ -29,7 +29,7 @@ from libs import checkpoint, pictures
 from libs.ema import EMA, PowerEMA, gamma_of_width, posthoc_weights
 from libs.files import json_digest
 from libs.latents import LatentStore
-from libs.run_record import MetricsLog, log_to_trackers
+from libs.logger import MetricsLog, log_to_trackers
 
 
 def start(config, workdir, *flags) -> Forked:
