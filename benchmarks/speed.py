@@ -41,9 +41,8 @@ import sde
 import utils
 from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
 from libs.compilation import compile_network, round_weights
-from libs.ema import EMA
 from libs.launch import avoid_cudnn_attention, keep_freed_memory
-from libs.optim import clip_or_skip, make_adamw
+from libs.optim import EMA, clip_or_skip, make_adamw
 from libs.solvers import dpm_solver_fast
 
 COMPILED = {"compiled": "whole", "blocks": "blocks", "graphs": "graphs"}

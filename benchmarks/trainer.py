@@ -33,10 +33,9 @@ import utils
 from libs import logger
 from libs.autoencoder import load_autoencoder
 from libs.data import StepBatches
-from libs.ema import EMA
 from libs.latents import StoreWriter
 from libs.launch import StopRequest
-from libs.optim import make_adamw
+from libs.optim import EMA, make_adamw
 from libs.randomness import step_draws
 
 ROOT = Path(__file__).resolve().parents[1]

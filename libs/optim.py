@@ -1,5 +1,14 @@
-"""The published optimiser: AdamW with its decay rule, and the learning-rate warm-up."""
+"""The published optimiser, AdamW with its decay rule, the learning-rate warm-up, and averages of the weights.
 
+Exponential moving averages: the published one, more rates at once, and power functions. Power-function averages and
+their reconstruction afterwards ("post-hoc EMA"): Karras et al., "Analyzing and Improving the Training Dynamics of
+Diffusion Models" (EDM2, arXiv 2312.02696), section 3 and appendix C. A profile of exponent gamma weighs the weights of
+step tau by tau^gamma up to the present; its width is given relative to the training so far.
+"""
+
+import copy
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,3 +64,87 @@ def clip_or_skip(optimizer: torch.optim.Optimizer, max_norm: float, skipped: Ten
     if max_norm:
         torch._foreach_mul_([sharding.local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+# --- Averages of the weights ------------------------------------------------------------------------------------------
+
+
+class EMA:
+    """ema <- rate · ema + (1 - rate) · weights after every update, starting from the initial weights.
+
+    One fused multi-tensor operation per update; `model` is the averaged network, ready to sample with. Both networks
+    may be sharded (alike) before the first update; each process then averages its own pieces.
+    """
+
+    def __init__(self, model: nn.Module, rate: float):
+        self.rate = rate
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.source = model
+        self.pairs = None  # taken at the first update: sharding puts other tensors in the networks
+
+    def rate_at(self, step: int) -> float:
+        """The rate of update `step`, counted from 1."""
+        return self.rate
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Average in the weights after update `step`, counted from 1."""
+        if self.pairs is None:
+            self.pairs = [[sharding.local(p) for p in network.parameters()] for network in (self.model, self.source)]
+        averaged, current = self.pairs
+        torch._foreach_lerp_(averaged, current, 1 - self.rate_at(step))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+
+class PowerEMA(EMA):
+    """EDM2's power-function average: at step t (from 1) the rate is (1 - 1/t)^(gamma + 1).
+
+    Args:
+        width: the profile's standard deviation as a share of the training so far (EDM2's sigma_rel), in (0, 0.28).
+    """
+
+    def __init__(self, model: nn.Module, width: float):
+        self.gamma = gamma_of_width(width)
+        super().__init__(model, rate=0.0)
+
+    def rate_at(self, step: int) -> float:
+        return (1 - 1 / step) ** (self.gamma + 1)
+
+
+def gamma_of_width(width: float) -> float:
+    """The exponent of the profile of a relative width. Raises ValueError outside (0, 0.28), where there is none."""
+    if not 0 < width < 0.28:
+        raise ValueError(f"the relative width of a power-function EMA must be in (0, 0.28); found {width:g}")
+    # width² (g + 2)² (g + 3) = g + 1, a cubic with one positive root
+    roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
+    return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
+
+
+def profile_product(step_a: float, gamma_a: float, step_b: float, gamma_b: float) -> float:
+    """Integral of the product of two profiles, each (gamma + 1) tau^gamma / step^(gamma + 1) on [0, step]."""
+    if step_a > step_b:
+        step_a, gamma_a, step_b, gamma_b = step_b, gamma_b, step_a, gamma_a
+    scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
+    return scale * (step_a / step_b) ** gamma_b / step_b
+
+
+def posthoc_weights(stored: list[tuple[int, float]], step: int, width: float) -> np.ndarray:
+    """Weights of stored averages whose sum comes closest to the average of another width (EDM2, section 3.2).
+
+    Least squares between profiles, whose products have a closed form.
+
+    Args:
+        stored: (step, width) of each stored average.
+        step: the training step at which the wanted average ends.
+        width: its relative width.
+
+    Returns:
+        One weight per stored average; they add up to about 1.
+    """
+    profiles = [(t, gamma_of_width(w)) for t, w in stored]
+    wanted = (step, gamma_of_width(width))
+    products = np.array([[profile_product(*a, *b) for b in profiles] for a in profiles])
+    target = np.array([profile_product(*a, *wanted) for a in profiles])
+    return np.linalg.lstsq(products, target, rcond=None)[0]

@@ -28,8 +28,7 @@ import sde
 from libs.checkpoint import load_weights, released_name
 from libs.compilation import compile_network
 from libs.dimr import DiMR, StageSpec
-from libs.ema import EMA
-from libs.optim import make_adamw, set_lr, warmup_lr
+from libs.optim import EMA, make_adamw, set_lr, warmup_lr
 from libs.solvers import dpm_solver_fast
 
 TOLERANCE = 1e-5

@@ -23,9 +23,9 @@ from libs.checkpoint import (
     settings_metadata,
     write_safetensors,
 )
-from libs.ema import posthoc_weights
 from libs.files import check_writable
 from libs.launch import errors_in_one_line
+from libs.optim import posthoc_weights
 
 
 def stored_averages(root: Path, step: int | None) -> list[tuple[int, float, Path]]:

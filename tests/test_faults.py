@@ -26,10 +26,10 @@ from test_train import assert_same_checkpoint, losses
 import train as training
 import utils
 from libs import checkpoint, pictures
-from libs.ema import EMA, PowerEMA, gamma_of_width, posthoc_weights
 from libs.files import json_digest
 from libs.latents import LatentStore
 from libs.logger import MetricsLog, log_to_trackers
+from libs.optim import EMA, PowerEMA, gamma_of_width, posthoc_weights
 
 
 def start(config, workdir, *flags) -> Forked:

@@ -8,8 +8,7 @@ from test_train import losses
 
 import sde
 from benchmarks import kernels
-from libs.ema import EMA
-from libs.optim import clip_or_skip, make_adamw
+from libs.optim import EMA, clip_or_skip, make_adamw
 from libs.randomness import step_draws
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -20,8 +20,7 @@ from test_train import assert_same_checkpoint, losses
 
 import train as training
 from libs import checkpoint, launch, sharding
-from libs.ema import EMA
-from libs.optim import clip_or_skip, make_adamw
+from libs.optim import EMA, clip_or_skip, make_adamw
 
 SHARDED = "--config.train.sharded=True"
 

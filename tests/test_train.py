@@ -16,8 +16,7 @@ from torch._dynamo.backends.debugging import aot_eager
 import train as training
 from libs.checkpoint import read_checkpoint
 from libs.data import StepBatches, own_rows
-from libs.ema import EMA
-from libs.optim import make_adamw, split_decay, warmup_lr
+from libs.optim import EMA, make_adamw, split_decay, warmup_lr
 from libs.randomness import step_draws
 
 
