@@ -55,8 +55,8 @@ from libs.sample_set import (
     read_settings,
     remove_temporaries,
     span,
+    to_host,
 )
-from libs.transfer import to_host
 
 
 def chosen_range(text: str, flag: str, n: int) -> range:

@@ -28,9 +28,8 @@ from libs.inception import find_inception, load_adm_inception
 from libs.latents import LatentStore
 from libs.logger import flat, peak_flops
 from libs.pictures import finite, to_uint8
-from libs.randomness import SampleNoise
+from libs.randomness import SampleNoise, to_device
 from libs.sample_set import OUTPUTS, differences
-from libs.transfer import to_device
 
 ROOT = Path(__file__).resolve().parent
 

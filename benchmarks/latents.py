@@ -27,11 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from libs.data import StepBatches, make_loader
+from libs.data import StepBatches, make_loader, read_ahead
 from libs.files import json_digest
 from libs.images import ImageTree, read_image
 from libs.latents import LatentStore, StoreWriter
-from libs.read_ahead import read_ahead
 from scripts import extract_imagenet_feature
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,7 +279,7 @@ def main():
         "",
         f"{N_RECORDS:,} records of {SHAPE}, shuffled, batch {BATCH}: records per second, median of {REPEATS} passes.",
         f"Pickled: one npy per image, read as by the released code with {WORKERS} worker processes. The store: with",
-        f"{WORKERS} worker processes (`libs/data.py`) and with {WORKERS} threads (`libs/read_ahead.py`).",
+        f"{WORKERS} worker processes and with {WORKERS} threads (`libs/data.py`).",
         "",
         "| | pickled npy | store, processes | ratio | store, threads | ratio |",
         "|---|---|---|---|---|---|",

@@ -2,10 +2,17 @@
 
 A data set here is anything with `len()`, `record_shape`, `n_classes`, `class_names` and `read(indices)` ->
 (records, labels) as numpy arrays: a latent store (libs/latents.py) or a tree of images (libs/images.py).
+
+Latent stores are read ahead by threads: reading them leaves Python's lock to others, and a thread hands over its arrays
+as they are, where a worker process would have to copy them through shared memory, which costs several times what
+reading does.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,7 +22,6 @@ from torch.utils.data import DataLoader
 from libs.images import ImageDataset, UnreadableImage
 from libs.latents import LatentStore
 from libs.randomness import epoch_order
-from libs.read_ahead import read_ahead
 
 
 def own_rows(batch_size: int, n_processes: int, process: int, accumulation: int, part: int) -> slice:
@@ -119,3 +125,42 @@ def _or_raise(batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def read_ahead(
+    dataset: LatentStore, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `dataset`, in order.
+
+    Args:
+        dataset: anything with `read(indices) -> (records, labels)` as numpy arrays that threads may call.
+        batches: record indices of each batch; may be endless.
+        n_threads: at least 1.
+        pin_memory: whether the tensors are put in page-locked memory, for copies to a GPU that do not wait.
+        depth: batches read ahead per thread.
+
+    Yields:
+        (records (B, ...), labels int64 (B,)). Errors of `read` are raised as they are, in their place.
+    """
+
+    def read(indices):
+        tensors = [torch.from_numpy(array) for array in dataset.read(indices)]
+        return tuple(tensor.pin_memory() if pin_memory else tensor for tensor in tensors)
+
+    batches = iter(batches)
+    pool = threads(n_threads)
+    try:
+        pending = deque(pool.submit(read, indices) for indices in islice(batches, n_threads * depth))
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(pool.submit(read, indices) for indices in islice(batches, 1))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def threads(number: int) -> ThreadPoolExecutor:
+    """Threads whose current GPU is this thread's: that of a new thread is the first, where it would take memory."""
+    if not torch.cuda.is_initialized():
+        return ThreadPoolExecutor(number)
+    return ThreadPoolExecutor(number, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from libs.transfer import to_device
-
 
 def epoch_order(n_records: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits the records: a permutation of 0..n_records-1."""
@@ -66,3 +64,10 @@ def step_draws(seed: int, step: int, batch_size: int, shape: tuple[int, ...], de
     times, drops = torch.rand((2, batch_size), generator=generator, device=device)
     noises = torch.randn((2, batch_size, *shape), generator=generator, device=device)
     return StepDraws(times, drops, noises[0], noises[1])
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on `device`. To a GPU through page-locked memory: from ordinary memory the host may have to wait."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -17,10 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from libs.data import threads
 from libs.files import replacing
-from libs.transfer import threads
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"
@@ -454,3 +456,19 @@ class SampleSet:
                 waiting = [together[batch_size:]]
         if sum(map(len, waiting)):
             yield np.concatenate(waiting)
+
+
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host; the function returned waits, in any thread, and gives the CPU tensor."""
+    if not tensor.is_cuda:
+        return lambda: tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)  # blocking: waiting sleeps
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait

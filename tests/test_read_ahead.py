@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import pytest
 
-from libs.read_ahead import read_ahead
+from libs.data import read_ahead
 
 
 class Numbers:
