@@ -22,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import LOGVAR_RANGE, Autoencoder, load_autoencoder
-from libs.feature_formats import FORMATS
+from libs.latent_formats import FORMATS
 from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import errors_in_one_line
 

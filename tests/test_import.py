@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_latents import damage
 
 from libs.autoencoder import load_autoencoder, sample_latents
-from libs.feature_formats import LightningDiTFolder, load_arrays, read_pair, read_plain_npy
+from libs.latent_formats import LightningDiTFolder, load_arrays, read_pair, read_plain_npy
 from libs.latents import LatentStore
 from scripts import import_latents, inspect_latents
 
