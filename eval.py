@@ -32,12 +32,12 @@ from tqdm import tqdm
 import sde
 import utils
 from libs import launch
-from libs.adm_suite import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
 from libs.compilation import choose_compile, compile_network, round_weights
 from libs.files import file_digest, naming_the_way_out, replacing
 from libs.launch import failing_together
+from libs.metrics import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.pictures import check_finite
 from libs.report import NAMES, write_report
 from libs.sample_set import (

@@ -29,7 +29,6 @@ import eval as evaluation
 import sde
 import utils
 from libs import checkpoint, launch, logger, pictures, sharding
-from libs.adm_suite import PlannedImages, Reference
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.compilation import choose_compile, compile_network
 from libs.data import StepBatches, make_loader, own_rows
@@ -37,6 +36,7 @@ from libs.files import naming_the_way_out
 from libs.images import ImageDataset
 from libs.latents import LatentStore
 from libs.launch import REQUEUE_STATUS, StopRequest, failing_together
+from libs.metrics import PlannedImages, Reference
 from libs.optim import EMA, PowerEMA, clip_or_skip, make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import sde
 from configs import common
-from libs.adm_suite import PlannedImages, Reference, check_features, check_sets, fewest_images, open_reference
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
 from libs.class_names import are_imagenets_folders, imagenet_names
@@ -27,6 +26,7 @@ from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import LatentStore
 from libs.logger import flat, peak_flops
+from libs.metrics import PlannedImages, Reference, check_features, check_sets, fewest_images, open_reference
 from libs.pictures import finite, to_uint8
 from libs.randomness import SampleNoise, to_device
 from libs.sample_set import OUTPUTS, differences

@@ -22,13 +22,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.adm_suite import SPATIAL, SetFeatures, score
 from libs.metrics import (
+    SPATIAL,
     GaussianStatistics,
+    SetFeatures,
     frechet_distance,
     gaussian_statistics,
     inception_score,
     precision_recall,
+    score,
 )
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from libs.adm_suite import ImageSet, KeptFeatures, NpzImages, Reference, Scores
 from libs.checkpoint import WEIGHTS_FILE
 from libs.files import file_digest, replacing
 from libs.logger import code_version
+from libs.metrics import ImageSet, KeptFeatures, NpzImages, Reference, Scores
 from libs.pictures import save_grid
 
 PUBLISHED_IMAGES = 50_000  # behind published scores

@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.adm_suite import NpzImages
 from libs.files import check_writable, replacing
 from libs.images import ImageBatches, ImageTree, Size, batch_ranges, image_size
 from libs.inception import find_inception, load_adm_inception
 from libs.launch import errors_in_one_line
-from libs.metrics import GaussianStatistics
+from libs.metrics import GaussianStatistics, NpzImages
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 

@@ -25,10 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.adm_suite import ImageSet, SampledImages, check_sets, keep_features, open_reference, open_set, score_sets
 from libs.files import check_writable
 from libs.inception import find_inception
 from libs.launch import errors_in_one_line
+from libs.metrics import ImageSet, SampledImages, check_sets, keep_features, open_reference, open_set, score_sets
 from libs.report import NAMES, usual_mistakes, write_report
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"

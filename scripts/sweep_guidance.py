@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import eval as evaluation
 import utils
 from libs import launch
-from libs.adm_suite import PlannedImages, SampledImages, open_reference, score_sets
 from libs.files import file_digest, replacing
+from libs.metrics import PlannedImages, SampledImages, open_reference, score_sets
 from libs.report import NAMES
 from libs.sample_set import RANGE
 from scripts import score_digits

@@ -13,10 +13,9 @@ import torch_fidelity.feature_extractor_inceptionv3
 from conftest import quick_distance, run
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from libs import adm_suite, inception
-from libs.adm_suite import NpzImages, SetFeatures, extract_features, read_statistics, score
+from libs import inception, metrics
 from libs.inception import find_inception, load_adm_inception, resize_like_tensorflow1
-from libs.metrics import inception_score
+from libs.metrics import NpzImages, SetFeatures, extract_features, inception_score, read_statistics, score
 from scripts import evaluate_npz
 
 
@@ -290,7 +289,7 @@ def test_the_five_scores(tmp_path, monkeypatch, capsys, assets, network, fidelit
     printed = capsys.readouterr().out
     assert f"FID: {report['fid']:.4f}" in printed and "warning: 9 images" in printed
 
-    monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
+    monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     np.savez(tmp_path / "reference.npz", mu=mu, sigma=sigma)
     evaluate_npz.main(args)
     report = json.loads(metrics.read_text())
@@ -330,7 +329,7 @@ def test_parts_of_a_set_are_the_set(network, sets):
 def test_kept_features_stand_for_their_images(tmp_path, assets, sets, monkeypatch):
     """As parts of the samples, one with images, and as the reference; what they are not taken for is refused."""
     monkeypatch.setattr(evaluate_npz, "ASSETS", assets)
-    monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
+    monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     names = {"reference": sets[0], "samples": sets[1], "first": sets[1][:6], "last": sets[1][6:]}
     files = {name: str(tmp_path / f"{name}.npz") for name in (*names, "kept_first", "kept_reference")}
     for name, images in names.items():

@@ -15,10 +15,10 @@ import eval as evaluation
 import train as training
 import utils
 from img2npz import img2npz
-from libs import adm_suite
-from libs.adm_suite import NpzImages, Reference, Scores, open_reference
+from libs import metrics
 from libs.files import file_digest
 from libs.inception import WEIGHTS, find_inception
+from libs.metrics import NpzImages, Reference, Scores, open_reference
 from libs.report import PUBLISHED, nearest_published, pick, published_for, usual_mistakes, write_report
 from scripts import evaluate_npz, sweep_guidance
 from scripts.sweep_guidance import Setting, settings_of
@@ -145,7 +145,7 @@ def weights(tiny_config, trained):
 
 def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, inception_assets, tmp_path, monkeypatch):
     """eval.py --metrics and evaluate_npz.py on the same images, as PNGs, as shards or as one .npz: the same numbers."""
-    monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
+    monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
     monkeypatch.setattr(evaluate_npz, "ASSETS", inception_assets)
     reference = tmp_path / "reference.npz"
@@ -178,10 +178,10 @@ QUICK_SCORES = """
 import functools, runpy, sys
 sys.path[:0] = [".", "tests"]
 from conftest import quick_distance
-from libs import adm_suite
+from libs import metrics
 
-adm_suite.frechet_distance = quick_distance
-adm_suite.score_sets = functools.partial(adm_suite.score_sets, batch_size=6)
+metrics.frechet_distance = quick_distance
+metrics.score_sets = functools.partial(metrics.score_sets, batch_size=6)
 runpy.run_path("eval.py", run_name="__main__")
 """
 
@@ -202,8 +202,8 @@ def test_two_processes_sample_and_score_as_the_sweep_does_alone(
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "images_report" / "metrics.json").read_text())
 
-    monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
-    monkeypatch.setattr(sweep_guidance, "score_sets", functools.partial(adm_suite.score_sets, batch_size=6))
+    monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
+    monkeypatch.setattr(sweep_guidance, "score_sets", functools.partial(metrics.score_sets, batch_size=6))
     sample = tiny_config.sample
     setting = Setting(sample.scale, sample.scale_pow, None, sample.sample_steps)
     scorer = sweep_guidance.AdmScorer(reference, find_inception(inception_assets))
@@ -216,7 +216,7 @@ def test_two_processes_sample_and_score_as_the_sweep_does_alone(
 
 def test_scores_while_training(tiny_config, inception_assets, tmp_path, monkeypatch):
     """FID of the averaged weights goes into the log; its images are removed. Another size is refused at the start."""
-    monkeypatch.setattr(adm_suite, "frechet_distance", quick_distance)
+    monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
     tiny_config.fid_stat = str(tmp_path / "reference.npz")
     np.savez(tiny_config.fid_stat, mu=np.zeros(2048), sigma=np.eye(2048))
@@ -241,7 +241,7 @@ def test_a_failed_fid_does_not_end_the_training(tiny_config, inception_assets, t
     def damaged(*args):
         raise ValueError("the weights are damaged by now")
 
-    monkeypatch.setattr(adm_suite, "load_adm_inception", damaged)
+    monkeypatch.setattr(metrics, "load_adm_inception", damaged)
     assert training.train(tiny_config, tmp_path / "run") == 0
     assert caplog.text.count("no FID at this step, training goes on: the weights are damaged by now") == 2
     assert not list((tmp_path / "run" / "fid").iterdir())
@@ -328,7 +328,7 @@ class Ink:
 
     def __call__(self, folder, accelerator):
         self.calls += 1
-        images = adm_suite.SampledImages(folder)
+        images = metrics.SampledImages(folder)
         return {"ink": torch.cat(list(images.batches(50))).float().mean().item(), "samples": images.count}
 
 
