@@ -127,7 +127,7 @@ PARTS = (
     ("log every 10 steps", logger.LossMeter, "read"),
     ("log every 10 steps", logger.StepTimer, "read"),
     ("log every 10 steps", utils, "throughput"),
-    ("log every 10 steps", run_record, "log_to_trackers"),
+    ("log every 10 steps", logger, "log_to_trackers"),
     ("log every 10 steps", logger.MetricsLog, "write"),
 )
 
