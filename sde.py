@@ -1,4 +1,4 @@
-"""Noise schedules, the multi-resolution loss, guidance, Euler-Maruyama sampling, and any solver by its name.
+"""Noise schedules, the multi-resolution loss, guidance and Euler-Maruyama sampling.
 
 One time axis for everything: t in [0, 1], 0 clean, 1 noise. x_t = alpha(t) x_0 + sigma(t) eps with
 alpha² = alpha_bar and sigma² = 1 - alpha_bar. Schedules compute in float64 on the device of t.
@@ -14,11 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from libs.solvers import SOLVERS, NoiseModel, Solver, dpm_solver_fast
+NoiseModel = Callable[[Tensor, float], Tensor]  # eps(x, t): x (B, C, H, W), one time t for the batch
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
 
@@ -369,82 +367,3 @@ def euler_maruyama(
         if not ode and i > 1:
             x = x + (draw() if draw else torch.randn_like(x)) * (diffusion[i].item() * move**0.5)
     return x
-
-
-# --- Any solver by name -----------------------------------------------------------------------------------------------
-
-SAMPLERS: dict[str, Solver] = {
-    **SOLVERS,
-    "euler_maruyama_sde": Solver(
-        lambda eps, schedule, x, steps, draw: euler_maruyama(eps, schedule, x, steps, draw=draw), draws=True
-    ),
-    "euler_maruyama_ode": Solver(
-        lambda eps, schedule, x, steps, draw: euler_maruyama(eps, schedule, x, steps, ode=True)
-    ),
-}
-
-
-def solve(
-    noise_model: NoiseModel,
-    schedule: Schedule,
-    x: Tensor,
-    algorithm: str,
-    steps: int,
-    order: int = 3,
-    draw: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """From noise x (B, C, H, W) to a sample of its shape, in `steps` evaluations of eps(x, t).
-
-    Args:
-        algorithm: a key of `SAMPLERS`.
-        order: of the algorithm dpm_solver.
-        draw: gives standard normal noise of the shape of x, where the algorithm draws any.
-    """
-    if algorithm == "dpm_solver":
-        return dpm_solver_fast(noise_model, schedule, x, steps, order)
-    return SAMPLERS[algorithm](noise_model, schedule, x, steps, draw)
-
-
-class SolverScheduler(SchedulerMixin, ConfigMixin):
-    """A schedule and a solver in the form in which diffusers saves and loads a pipeline's scheduler.
-
-    A solver here calls the noise model itself, so there is `sample` in place of diffusers' step by step interface.
-
-    Args:
-        schedule: a key of `SCHEDULES`.
-        algorithm, order: of `solve`.
-        num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample: the schedule sd as
-            diffusers' own schedulers have it, which are made by SomeScheduler.from_config(pipe.scheduler.config).
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        schedule: str = "sd",
-        algorithm: str = "dpm_solver",
-        order: int = 3,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.0120,
-        beta_schedule: str = "scaled_linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = False,
-    ):
-        self.schedule = get_schedule(schedule)
-        self.register_to_config(_use_default_values=[])  # or another scheduler's from_config takes its own defaults
-
-    def sample(
-        self,
-        nnet: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
-        labels: Tensor,
-        null_label: int,
-        x: Tensor,
-        steps: int,
-        scale: float = 1.0,
-        power: float | None = None,
-        interval: tuple[float, float] | None = None,
-        draw: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        """A guided sample (B, C, H, W) from noise x; arguments as of `guided_noise_model` and `solve`."""
-        noise_model = guided_noise_model(nnet, self.schedule, labels, null_label, scale, power, interval)
-        return solve(noise_model, self.schedule, x, self.config.algorithm, steps, self.config.order, draw)

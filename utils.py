@@ -30,6 +30,7 @@ from libs.metrics import PlannedImages, Reference, check_features, check_sets, f
 from libs.pictures import finite, to_uint8
 from libs.randomness import SampleNoise, to_device
 from libs.sample_set import OUTPUTS, differences
+from libs.solvers import SAMPLERS, solve
 
 ROOT = Path(__file__).resolve().parent
 
@@ -374,14 +375,14 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for sampling settings that cannot work, before anything is loaded."""
     sample = config.sample
     check_ranges(config, SAMPLING_RANGES)
-    for name, allowed in (("algorithm", tuple(sde.SAMPLERS)), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
+    for name, allowed in (("algorithm", tuple(SAMPLERS)), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
         check_choice(f"config.sample.{name}", sample[name], allowed)
     check_choice("config.sample.depthwise_kernel", sample.depthwise_kernel, KERNELS)
     if sample.algorithm.startswith("euler_maruyama") and config.schedule == "sd":
         raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
     if sample.order not in (1, 2, 3):
         raise ValueError(f"config.sample.order must be 1, 2 or 3; found {sample.order}")
-    least = sample.order if sample.algorithm == "dpm_solver" else sde.SAMPLERS[sample.algorithm].least_steps
+    least = sample.order if sample.algorithm == "dpm_solver" else SAMPLERS[sample.algorithm].least_steps
     for name in ("sample_steps", "grid_steps"):
         if sample[name] < least:
             raise ValueError(
@@ -450,7 +451,7 @@ def make_sampler(
             nnet, schedule, y, null_label, settings.scale, settings.scale_pow, settings.interval, weaker
         )
         with accelerator.autocast():
-            x = sde.solve(noise_model, schedule, x, settings.algorithm, steps, settings.order, noise.draw)
+            x = solve(noise_model, schedule, x, settings.algorithm, steps, settings.order, noise.draw)
         if autoencoder is not None:
             x = autoencoder.decode(x)
         return to_uint8(x), finite(x)

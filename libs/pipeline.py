@@ -1,20 +1,17 @@
 """A trained model in the form of Hugging Face diffusers: one folder, loaded and called as its other pipelines are.
 
-    import sde
     from libs.pipeline import DiMRPipeline
 
     pipe = DiMRPipeline.from_pretrained("digits")  # a folder of scripts/convert_checkpoint.py
     images = pipe(class_labels=[3, "7"], seed=1234).images
 
-`sde` has the noise schedules, the guidance and the solvers. They come in as the pipeline's scheduler, which its folder
-names (sde.SolverScheduler): nothing here imports it, and diffusers takes classes only from modules already imported.
+The noise schedule, the guidance and the solver come in as the pipeline's scheduler, `SolverScheduler`.
 """
 
 import inspect
 import json
 import numbers
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +31,8 @@ from libs.class_names import class_label
 from libs.dimr import DiMR, StageSpec
 from libs.pictures import check_finite, finite, to_uint8
 from libs.randomness import SampleNoise
+from libs.solvers import solve
+from sde import get_schedule, guided_noise_model
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -84,12 +83,57 @@ class DiMRNetwork(DiMR, ModelMixin, ConfigMixin):
         return self.channels, finest.max_height, finest.max_width
 
 
+class SolverScheduler(SchedulerMixin, ConfigMixin):
+    """A schedule and a solver in the form in which diffusers saves and loads a pipeline's scheduler.
+
+    A solver here calls the noise model itself, so there is `sample` in place of diffusers' step by step interface.
+
+    Args:
+        schedule: a key of `sde.SCHEDULES`.
+        algorithm, order: of `solve`.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample: the schedule sd as
+            diffusers' own schedulers have it, which are made by SomeScheduler.from_config(pipe.scheduler.config).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        schedule: str = "sd",
+        algorithm: str = "dpm_solver",
+        order: int = 3,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.0120,
+        beta_schedule: str = "scaled_linear",
+        prediction_type: str = "epsilon",
+        clip_sample: bool = False,
+    ):
+        self.schedule = get_schedule(schedule)
+        self.register_to_config(_use_default_values=[])  # or another scheduler's from_config takes its own defaults
+
+    def sample(
+        self,
+        nnet: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        labels: Tensor,
+        null_label: int,
+        x: Tensor,
+        steps: int,
+        scale: float = 1.0,
+        power: float | None = None,
+        interval: tuple[float, float] | None = None,
+        draw: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """A guided sample (B, C, H, W) from noise x; arguments as of `guided_noise_model` and `solve`."""
+        noise_model = guided_noise_model(nnet, self.schedule, labels, null_label, scale, power, interval)
+        return solve(noise_model, self.schedule, x, self.config.algorithm, steps, self.config.order, draw)
+
+
 class DiMRPipeline(DiffusionPipeline):
     """From class labels to pictures.
 
     Args:
         network: the noise predictor.
-        scheduler: sde.SolverScheduler, or a scheduler of diffusers for the same noise schedule (see `check_scheduler`).
+        scheduler: SolverScheduler, or a scheduler of diffusers for the same noise schedule (see `check_scheduler`).
         vae: autoencoder of a latent model; None: the network works on pixels.
         schedule: the noise schedule that the network was trained with; None: the scheduler's.
         id2label: {label: name}, so that classes can be called by their names; their number where there is none.
@@ -135,16 +179,6 @@ class DiMRPipeline(DiffusionPipeline):
         with torch.autocast(x.device.type, enabled=False):
             return self.autoencoder.decode(x.float())
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DiMRPipeline":
-        """See diffusers. Raises ValueError where `sde` has not been imported, which the folder's scheduler is from."""
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except ValueError as error:
-            if "sde" not in sys.modules and "sde" in str(error):
-                raise ValueError("`import sde` before DiMRPipeline.from_pretrained: its scheduler is there") from error
-            raise
-
     @torch.no_grad()
     def __call__(
         self,
@@ -174,7 +208,7 @@ class DiMRPipeline(DiffusionPipeline):
                 two calls give the same pictures: those of seed 0.
             indices: of the pictures in a set; None: 0, 1, ...
             guidance_power, guidance_interval: power of the power-cosine schedule, and the noise levels (sigma / alpha)
-                at which there is guidance; None: none. For sde.SolverScheduler only.
+                at which there is guidance; None: none. For SolverScheduler only.
             output_type: pil, np (float32, B H W 3, in [0, 1]), pt (the same, B 3 H W) or latent (B C h w, not decoded).
 
         Raises:
@@ -226,7 +260,7 @@ class DiMRPipeline(DiffusionPipeline):
             if scale != 1 and (power is not None or interval is not None):
                 raise ValueError(
                     f"{type(self.scheduler).__name__} guides at a constant scale only: set guidance_power=None and "
-                    "guidance_interval=None, or take sde.SolverScheduler"
+                    "guidance_interval=None, or take SolverScheduler"
                 )
             own = generator if generator is not None else torch.Generator(device).manual_seed(seed)
             x = self.step_by_step(draw(), y, steps, scale, own)

@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-NoiseModel = Callable[[Tensor, float], Tensor]  # eps(x, t): x (B, C, H, W), one time t for the batch
+from sde import NoiseModel, Schedule, euler_maruyama
+
 Draw = Callable[[], Tensor]  # standard normal noise of the shape of x
 
 
@@ -329,3 +330,34 @@ SOLVERS: dict[str, Solver] = {
         )
     ),
 }
+
+SAMPLERS: dict[str, Solver] = {
+    **SOLVERS,
+    "euler_maruyama_sde": Solver(
+        lambda eps, schedule, x, steps, draw: euler_maruyama(eps, schedule, x, steps, draw=draw), draws=True
+    ),
+    "euler_maruyama_ode": Solver(
+        lambda eps, schedule, x, steps, draw: euler_maruyama(eps, schedule, x, steps, ode=True)
+    ),
+}
+
+
+def solve(
+    noise_model: NoiseModel,
+    schedule: Schedule,
+    x: Tensor,
+    algorithm: str,
+    steps: int,
+    order: int = 3,
+    draw: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """From noise x (B, C, H, W) to a sample of its shape, in `steps` evaluations of eps(x, t).
+
+    Args:
+        algorithm: a key of `SAMPLERS`.
+        order: of the algorithm dpm_solver.
+        draw: gives standard normal noise of the shape of x, where the algorithm draws any.
+    """
+    if algorithm == "dpm_solver":
+        return dpm_solver_fast(noise_model, schedule, x, steps, order)
+    return SAMPLERS[algorithm](noise_model, schedule, x, steps, draw)

@@ -32,7 +32,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-import sde
 import utils
 from libs.checkpoint import (
     PIPELINE_FILE,
@@ -45,7 +44,7 @@ from libs.checkpoint import (
 )
 from libs.files import check_writable, file_digest, replacing
 from libs.launch import errors_in_one_line
-from libs.pipeline import DiMRNetwork, DiMRPipeline
+from libs.pipeline import DiMRNetwork, DiMRPipeline, SolverScheduler
 
 RELEASED_FILES = (".pth", ".pt")
 CARD_FILE = "README.md"
@@ -158,7 +157,7 @@ def build_pipeline(model: Model) -> DiMRPipeline:
     nnet.load_state_dict(model.state, assign=True)
     return DiMRPipeline(
         DiMRNetwork.of(nnet, config.nnet.norm_type),
-        sde.SolverScheduler(config.schedule, sample.algorithm, sample.order),
+        SolverScheduler(config.schedule, sample.algorithm, sample.order),
         autoencoder.vae if autoencoder else None,
         config.schedule,
         dict(enumerate(model.class_names)),
@@ -191,7 +190,7 @@ def write_card(model: Model, weights: Path, card: Path, out: Path) -> None:
         use = f"python scripts/sample.py --nnet_path {out} --grid out.png"
     else:
         use = (
-            "python -c 'import sde; from libs.pipeline import DiMRPipeline; "
+            "python -c 'from libs.pipeline import DiMRPipeline; "
             f'DiMRPipeline.from_pretrained("{out}")([0]).images[0].save("out.png")\''
         )
     text = CARD.format(

@@ -44,6 +44,7 @@ from libs.files import naming_the_way_out, replacing
 from libs.launch import errors_in_one_line
 from libs.pictures import check_finite, finite, to_uint8
 from libs.randomness import SampleNoise
+from libs.solvers import solve
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
 AXES = ("class", "sample", "guidance", "steps")
@@ -159,7 +160,7 @@ class Model:
             return eps
 
         with bar, self.accelerator.autocast():
-            x = sde.solve(
+            x = solve(
                 noise_model,
                 self.schedule,
                 noise.draw(),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sde
 import utils
 from libs.randomness import SampleNoise
-from libs.solvers import Solver
+from libs.solvers import SAMPLERS, Solver
 
 B = 3
 
@@ -131,7 +131,7 @@ def on_meta(tiny_config):
     return make
 
 
-@pytest.mark.parametrize("algorithm", sde.SAMPLERS)
+@pytest.mark.parametrize("algorithm", SAMPLERS)
 def test_sampling_never_waits_and_calls_the_network_once_per_step(on_meta, algorithm, monkeypatch):
     """Guided, to uint8 images: one call on 2 B images per evaluation; only noise and labels are copied."""
     schedule = "vpsde" if algorithm.startswith("euler") else "sd"
@@ -144,7 +144,7 @@ def test_sampling_never_waits_and_calls_the_network_once_per_step(on_meta, algor
     assert images.is_meta and images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
     assert nnet.calls == [10] * 12
     assert mode.copies == len(draws) + 1  # noise for each draw, and the labels
-    assert (len(draws) > 1) == sde.SAMPLERS[algorithm].draws
+    assert (len(draws) > 1) == SAMPLERS[algorithm].draws
 
 
 def test_interval_and_weaker_network_do_not_wait_either(on_meta):
@@ -186,7 +186,7 @@ def test_settings_that_cannot_work(tiny_config, tmp_path, monkeypatch):
     refuses(found, autoguidance_path="a", autoguidance_config=str(tmp_path / "bad.py"))
     refuses("no config at config.sample.autoguidance_config=x.py", autoguidance_path="a", autoguidance_config="x.py")
     refuses(r"no checkpoint at nowhere", autoguidance_path="nowhere")
-    monkeypatch.setitem(sde.SAMPLERS, "slow", Solver(None, least_steps=7))
+    monkeypatch.setitem(SAMPLERS, "slow", Solver(None, least_steps=7))
     refuses("config.sample.sample_steps must be at least 7 for slow; found 6", algorithm="slow", sample_steps=6)
     refuses("config.sample.algorithm must be one of dpm_solver, .*, slow; found 'fast'", algorithm="fast")
     refuses(
