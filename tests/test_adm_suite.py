@@ -279,10 +279,10 @@ def test_the_five_scores(tmp_path, monkeypatch, capsys, assets, network, fidelit
     monkeypatch.setattr(evaluate_npz, "ASSETS", assets)
     np.savez(tmp_path / "reference.npz", reference, mu=mu, sigma=sigma)
     np.savez(tmp_path / "samples.npz", samples)
-    out, metrics = tmp_path / "report", tmp_path / "report" / "metrics.json"
+    out, written = tmp_path / "report", tmp_path / "report" / "metrics.json"
     args = [str(tmp_path / "reference.npz"), str(tmp_path / "samples.npz"), "--out", str(out), "--batch_size", "3"]
     evaluate_npz.main(args)
-    report = json.loads(metrics.read_text())
+    report = json.loads(written.read_text())
     for name, value in expected.items():
         assert report[name] == pytest.approx(value, rel=1e-3), name
     assert report["not_computed"] == {} and report["samples"]["images"] == 9
@@ -292,7 +292,7 @@ def test_the_five_scores(tmp_path, monkeypatch, capsys, assets, network, fidelit
     monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     np.savez(tmp_path / "reference.npz", mu=mu, sigma=sigma)
     evaluate_npz.main(args)
-    report = json.loads(metrics.read_text())
+    report = json.loads(written.read_text())
     assert report["fid"] > 0
     assert report["sfid"] is report["precision"] is report["recall"] is None
     assert report["not_computed"]["sfid"] == "the reference holds neither mu_s, sigma_s nor images"
