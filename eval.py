@@ -102,7 +102,6 @@ def sampling_settings(
         **settings,
         "scale_pow": settings["scale_pow"] or None,
         "compile": settings["compile"].removeprefix("off"),
-        "depthwise_kernel": settings["depthwise_kernel"].removeprefix("torch"),
     }
     return {name: value for name, value in settings.items() if value not in (None, "")}
 
@@ -312,7 +311,6 @@ def open_networks(
     config.sample.compile = choose_compile(config.sample.compile, device)
     for network in [nnet, weaker] if weaker else [nnet]:
         round_weights(network, accelerator.mixed_precision)
-        utils.choose_depthwise_kernel(network, config.sample.depthwise_kernel, "config.sample.depthwise_kernel", device)
         compile_network(network, config.sample.compile, final_weights=True)
     autoencoder = utils.open_autoencoder(config, device)
     return {"nnet": nnet, "weaker": weaker, "autoencoder": autoencoder}, {"nnet": weights, "weaker": weaker_weights}

@@ -241,10 +241,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     averages = make_averages(nnet, config)
     if settings.sharded:
         sharding.shard(nnet, [average.model for average in averages.values()], device)
-    nnet.recompute(settings.recompute, settings.recompute_keeps_products)
-    utils.choose_depthwise_kernel(nnet, settings.depthwise_kernel, "config.train.depthwise_kernel", device)
-    several = settings.sharded or (n_processes > 1 and not settings.recompute_keeps_products)
-    compile_network(nnet, choose_compile(settings.compile, device, several))
+    compile_network(nnet, choose_compile(settings.compile, device), recompute=settings.recompute)
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
     step = resume(workdir / "ckpts", identity, config.resume_changes, nnet, averages, optimizer, scaler)
     steps = gather_object([step])
@@ -292,8 +289,8 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     grid_labels = [label for label in range(n_rows) for _ in range(settings.grid_per_class)]
     sampled_network = averages[checkpoint.EMA_FILE].model
     uses = sum((settings.n_steps - step) // k for k in (settings.eval_interval, settings.fid_interval) if k)
-    if uses > 1 and not settings.sharded:
-        compile_network(sampled_network, choose_compile(settings.compile, device))
+    compile_ema = uses > 1 and not settings.sharded
+    compile_network(sampled_network, choose_compile(settings.compile, device) if compile_ema else "off")
     sample = utils.make_sampler(
         config, sampled_network, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps, weaker
     )

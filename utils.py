@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import sde
 from configs import common
+from libs import UserError
 from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
 from libs.class_names import are_imagenets_folders, imagenet_names
-from libs.compilation import COMPILE, SAMPLING_COMPILE
-from libs.depthwise import KERNELS, check_triton
+from libs.compilation import COMPILE
 from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
@@ -215,18 +215,6 @@ def build_empty_network(config: ml_collections.ConfigDict, device: torch.device)
     return build_network_on_meta(config).to_empty(device=device)
 
 
-def choose_depthwise_kernel(nnet: DiMR, kernel: str, setting: str, device: torch.device) -> None:
-    """Have a network's depthwise convolutions computed by one of `libs.depthwise.KERNELS`; before it is compiled.
-
-    Raises:
-        ValueError: one that is not there or cannot run on the device; the message names the setting.
-    """
-    check_choice(setting, kernel, KERNELS)
-    if kernel == "triton":
-        check_triton(setting, device)
-    nnet.use_depthwise_kernel(kernel)
-
-
 def loss_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
     """config.loss_coeffs, or the published weights when it is None. Raises ValueError for a wrong number of them."""
     n_stages = len(config.nnet.stages)
@@ -353,7 +341,7 @@ TRAINING_RANGES = {
     },
     **{f"train.{name}": (1, math.inf) for name in ("log_interval", "eval_interval", "save_interval")},
     **{f"train.{name}": (1, math.inf) for name in ("grid_classes", "grid_per_class")},
-    **{f"train.{name}": (0, math.inf) for name in ("recompute", "grad_clip", "keep_interval", "fid_interval")},
+    **{f"train.{name}": (0, math.inf) for name in ("grad_clip", "keep_interval", "fid_interval")},
     **{name: (0, math.inf) for name in ("optimizer.lr", "optimizer.weight_decay", "lr_scheduler.warmup_steps")},
     **{name: (0, math.nextafter(1, 0)) for name in ("optimizer.betas", "ema.rate", "ema.extra_rates")},
     "dataset.p_uncond": (0, 1),
@@ -375,9 +363,8 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for sampling settings that cannot work, before anything is loaded."""
     sample = config.sample
     check_ranges(config, SAMPLING_RANGES)
-    for name, allowed in (("algorithm", tuple(SAMPLERS)), ("output", OUTPUTS), ("compile", SAMPLING_COMPILE)):
+    for name, allowed in (("algorithm", tuple(SAMPLERS)), ("output", OUTPUTS), ("compile", COMPILE)):
         check_choice(f"config.sample.{name}", sample[name], allowed)
-    check_choice("config.sample.depthwise_kernel", sample.depthwise_kernel, KERNELS)
     if sample.algorithm.startswith("euler_maruyama") and config.schedule == "sd":
         raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
     if sample.order not in (1, 2, 3):
@@ -406,18 +393,14 @@ def check_training(config: ml_collections.ConfigDict) -> None:
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"config.optimizer.betas must be two numbers; found {tuple(config.optimizer.betas)}")
     check_choice("config.train.compile", config.train.compile, COMPILE)
-    check_choice("config.train.depthwise_kernel", config.train.depthwise_kernel, KERNELS)
     if config.train.compile == "whole" and config.train.sharded:
         raise ValueError(
             "config.train.compile is whole, which a sharded network cannot be: set config.train.compile=blocks or off, "
             "or config.train.sharded=False"
         )
-    by_blocks = config.train.compile == "blocks" or (config.train.compile == "auto" and config.train.sharded)
-    if by_blocks and config.train.recompute and config.train.recompute_keeps_products:
-        raise ValueError(
-            "config.train.recompute_keeps_products has no effect on blocks compiled one by one: set "
-            "config.train.compile=whole (off for a sharded network), or config.train.recompute_keeps_products=False"
-        )
+    recompute = config.train.recompute
+    if recompute not in ("off", "all", "selective") and not (recompute.isdigit() and int(recompute)):
+        raise UserError(f"config.train.recompute must be off, all, selective or a number k; found {recompute!r}")
     check_choice("config.wandb.mode", config.wandb.mode, ("disabled", "offline", "online"))
 
 

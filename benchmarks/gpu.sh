@@ -61,7 +61,7 @@ golden() {
 }
 
 tests() {  # each compiles much: as many at a time as there are cores for
-    stage tests 190 $PYTHON -m pytest -n 6 --dist load -q -rA --durations=0 -p no:cacheprovider tests/test_gpu.py
+    stage tests 120 $PYTHON -m pytest -n 8 --dist load -q -rA --durations=0 -p no:cacheprovider tests/test_gpu.py
 }
 
 data() {
@@ -86,7 +86,7 @@ run_fp16() {  # fp16, a grid of samples, a checkpoint, resumed, a set of images
     flags="$flags --config.train.eval_interval=10 --config.train.save_interval=10 --config.train.grid_classes=2 --config.train.grid_per_class=2"
     flags="$flags --config.sample.grid_steps=4 --config.sample.sample_steps=6 --config.sample.n_samples=16 --config.sample.mini_batch_size=8"
     export ACCELERATE_MIXED_PRECISION=$FP16
-    stage run_fp16 120 $PYTHON train.py $flags --config.train.n_steps=10
+    stage run_fp16 90 $PYTHON train.py $flags --config.train.n_steps=10
     # Resumed, and a warning at each place where the host waits for the device: the log, checkpoints and grids should be all.
     stage run_fp16 90 $PYTHON -W default -c "import runpy, sys, torch; torch.cuda.is_available() and torch.cuda.set_sync_debug_mode('warn'); sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')" $flags --config.train.n_steps=20
     stage run_fp16 90 $PYTHON eval.py ${flags/--workdir=*fp16 /} --nnet_path="$WORK/fp16/ckpts/20.ckpt" --IMGsave_path="$WORK/images" --config.sample.output=both
@@ -107,35 +107,52 @@ speed() {  # speed TASK SECONDS ARGUMENTS...
 }
 
 train_speed() {
-    speed train 230 --batch="$BATCH" --rounds=3 --losses=2 \
-        --variants=blocks-bf16,released-bf16,compiled-bf16,blocks-bf16-triton,eager-bf16
+    speed train 130 --batch="$BATCH" --rounds="${ROUNDS:-2}" --losses=1 --variants=released-bf16,blocks-bf16,blocks-bf16-triton
 }
 
 sample_speed() {
-    speed sample 170 --batch="$SAMPLES" --steps="$EVALUATIONS" --rounds=3 --losses=1 \
-        --variants=blocks-bf16,released-bf16,blocks-bf16-triton,compiled-bf16
+    speed sample 100 --batch="$SAMPLES" --steps="$EVALUATIONS" --rounds=2 --losses=1 \
+        --variants=released-bf16,blocks-bf16,blocks-bf16-triton
 }
 
 kernels() {
-    stage results 60 $PYTHON benchmarks/kernels.py --rounds=10 --sizes=XL/2R
+    stage results 40 $PYTHON benchmarks/kernels.py --rounds=10 --sizes="XL/2R, 64"
 }
 
 peer() {  # DiT-XL/2, compiled
-    speed train 80 --batch="$BATCH" --rounds=3 --losses=0 --variants=dit_compiled-bf16
-    speed sample 80 --batch="$SAMPLES" --steps="$EVALUATIONS" --rounds=3 --losses=0 --variants=dit_compiled-bf16
+    speed train 80 --batch="$BATCH" --rounds=2 --losses=0 --variants=dit_compiled-bf16
 }
 
 larger() {  # batches
-    speed train 80 --batch=$((BATCH * 3 / 2)) --rounds=3 --losses=0 --variants=blocks-bf16
-    speed train 200 --batch=$((BATCH * 2)) --rounds=3 --losses=0 --variants=compiled-bf16-recompute1-products
+    speed train 80 --batch=$((BATCH * 3 / 2)) --rounds=2 --losses=0 --variants=blocks-bf16
+    speed train 80 --batch=$((BATCH * 2)) --rounds=2 --losses=0 --variants=blocks-bf16-selective
 }
 
-few() {  # images at a time
-    speed sample 150 --batch=4 --steps="$EVALUATIONS" --rounds=5 --losses=0 --variants=blocks-bf16,graphs-bf16
+whole() {  # the network in one graph: compiling takes minutes
+    speed train 400 --batch="$BATCH" --rounds=2 --losses=0 --variants=compiled-bf16
 }
 
 golden_compiled() {
     stage golden 150 $PYTHON scripts/check_golden.py tests/golden/tiny_*.safetensors --device "$DEVICE" --compile whole
+}
+
+warm() {  # the compiler's cache, for what is timed alone afterwards
+    $PYTHON benchmarks/speed.py train --config="$CONFIG" --device="$DEVICE" --batch="$BATCH" --rounds=1 --losses=0 \
+        --variants=blocks-bf16,blocks-bf16-triton > "$WORK/warm.txt" 2>&1
+    echo "[$SECONDS s] warm" >> "$OUT/stages.txt"
+}
+
+more_parts() {
+    stage results 60 $PYTHON benchmarks/parts.py --batch="$SAMPLES" --device="$DEVICE" --only=attention_gradients,decoding
+}
+
+again() {
+    data
+    in_parallel warm run_fp16 tests more_parts
+    train_speed
+    kernels
+    sample_speed
+    peer
 }
 
 first() {
@@ -147,11 +164,10 @@ first() {
 }
 
 second() {
-    sample_speed
     peer
     larger
-    few
     golden_compiled
+    whole
 }
 
 for name in "${@:-first}"; do "$name"; done

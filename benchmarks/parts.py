@@ -8,6 +8,7 @@ product and a large copy. Takes half a minute. On a CPU (--device=cpu --batch=1)
 """
 
 import argparse
+import itertools
 import platform
 import shutil
 import statistics
@@ -18,13 +19,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 import utils
 from benchmarks.speed import matmul_ceiling
-from libs.depthwise import image_convolution, image_convolution_gradients
+from libs.autoencoder import SD_CONFIG
+from libs.depthwise import depthwise_conv, depthwise_gradients
 from libs.optim import clip_or_skip, make_adamw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,15 +134,15 @@ def gradients_of_attention(*leaves, along):
 
 def attention_gradients(batch, device, timed):
     """Each backend's against float32's: plain inputs, and logits all about -120, where cuDNN has been wrong."""
-    for lowered in (0, 120):
-        parts = [torch.randn(2, 16, TOKENS, 64, device=device) for _ in range(4)]
+    for tokens, lowered in itertools.product((TOKENS, 65, 577, 1025, 192, 63), (0, 120)):
+        parts = [torch.randn(2, 16, tokens, 64, device=device) for _ in range(4)]
         if lowered:
             parts[0][..., 0], parts[1][..., 0] = 1.0, -8.0 * lowered
         q, k, v, along = (part.bfloat16() for part in parts)
         with sdpa_kernel(SDPBackend.MATH):
             exact = gradients_of_attention(q.float(), k.float(), v.float(), along=along)
         for backend in BACKENDS:
-            title = f"attention's gradients, logits lowered by {lowered}, {backend.name}"
+            title = f"attention's gradients, {tokens} tokens, logits lowered by {lowered}, {backend.name}"
             try:
                 with sdpa_kernel(backend):
                     found = [gradient.float() for gradient in gradients_of_attention(q, k, v, along=along)]
@@ -163,9 +166,9 @@ def convolutions(batch, device, timed):
     for search in (False, True):
         torch.backends.cudnn.benchmark = search
         ms = [
-            timed(image_convolution, x, weight),
-            timed(image_convolution_gradients, grad, x, weight, True, False),
-            timed(image_convolution_gradients, grad, x, weight, False, True),
+            timed(depthwise_conv, x, weight),
+            timed(depthwise_gradients, grad, x, weight, True, False),
+            timed(depthwise_gradients, grad, x, weight, False, True),
         ]
         say(
             f"depthwise, cuDNN's {'search' if search else 'rules'}: forward {ms[0]:.3f}, of input {ms[1]:.3f}, of "
@@ -177,7 +180,19 @@ def convolutions(batch, device, timed):
     torch.backends.cudnn.benchmark = False
 
 
-def memory_and_optimiser(config, device, timed):
+def decoding(batch, device, timed):
+    decoder = AutoencoderKL(**SD_CONFIG).to(device)
+    latents = torch.randn(batch, 4, 32, 32, device=device)
+    with torch.no_grad():
+        ms = timed(decoder.decode, latents, rounds=1)
+    say(f"Stable Diffusion's decoder, {batch} images of 256x256, float32 (TF32): {ms:.0f} ms")
+
+
+def memory_and_optimizer(batch, device, timed):
+    config = utils.load_config(ROOT / "configs/DiMR-XL-2R_imagenet256.py")
+    if device.type == "cpu":  # only to see that it runs
+        for stage in config.nnet.stages:
+            stage.depth = 1
     source = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
     target = torch.empty_like(source)
     ms = timed(target.copy_, source)
@@ -199,20 +214,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", help="these parts, by their functions' names, separated by commas")
     args = parser.parse_args()
     device = torch.device(args.device)
-    timed, config = Timer(device), utils.load_config(ROOT / "configs/DiMR-XL-2R_imagenet256.py")
+    timed = Timer(device)
     facts(device)
     say(f"ceiling: a large bf16 product {matmul_ceiling(device, torch.bfloat16) / 1e12:.3g} TFLOP/s")
-    if device.type == "cpu":  # only to see that it runs
-        for stage in config.nnet.stages:
-            stage.depth = 1
-    for part in (attention, attention_gradients, products, convolutions):
+    for part in (attention, attention_gradients, products, convolutions, decoding, memory_and_optimizer):
+        if args.only and part.__name__ not in args.only.split(","):
+            continue
         try:
             part(args.batch, device, timed)
         except RuntimeError as error:  # the other parts all the same
             say(f"{part.__name__}: {type(error).__name__}: {error}")
-    memory_and_optimiser(config, device, timed)
 
 
 if __name__ == "__main__":

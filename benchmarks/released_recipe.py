@@ -14,24 +14,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from libs.depthwise import as_image_convolution
-from libs.dimr import Attention, ConvNeXtBlock, DiMR, GatedMLP
-from libs.norms import LAYER_NORM_EPS, RMS_EPS, TDLayerNorm, TDRMSNorm, TimeDependentVector, per_sample
+from libs.compilation import checkpoint_activations, use_forms
+from libs.dimr import Attention, DiMR
+from libs.norms import TimeDependentVector
 
 
 def hidden_vector(self, t):
     return self.current
-
-
-def rms_norm(self, x, t):
-    y = x.float()
-    y = y / (torch.linalg.vector_norm(y, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + RMS_EPS)
-    return (y * per_sample(self.scale(t), x)).to(x.dtype)
-
-
-def layer_norm(self, x, t):
-    y = F.layer_norm(x.float(), x.shape[-1:], eps=LAYER_NORM_EPS)
-    return (y * per_sample(self.weight(t), x) + per_sample(self.bias(t), x)).to(x.dtype)
 
 
 def attention(self, x, t):
@@ -42,25 +31,6 @@ def attention(self, x, t):
     return self.out(rearrange(z, "B heads N d -> B N (heads d)"))
 
 
-def gated_mlp(self, x, t):
-    z = self.norm(x, t)
-    return self.w2(F.gelu(self.w0(z)) * self.w1(z))
-
-
-def convnext_block(self, x, t):
-    x = x + as_image_convolution(x, self.depthwise.weight, self.depthwise.bias)
-    return x + self.mlp(x, t)
-
-
-WAYS = {
-    TDRMSNorm: rms_norm,
-    TDLayerNorm: layer_norm,
-    Attention: attention,
-    GatedMLP: gated_mlp,
-    ConvNeXtBlock: convnext_block,
-}
-
-
 class ReleasedRecipe(nn.Module):
     """A network with the weights of `nnet`, called alike: (x, t, y) -> predictions, computed by the released recipe."""
 
@@ -68,11 +38,9 @@ class ReleasedRecipe(nn.Module):
         super().__init__()
         self.nnet = copy.deepcopy(nnet)
         self.null_label = nnet.null_label
-        self.nnet.recompute(1)
+        checkpoint_activations(self.nnet, "all")
         self.vectors = [m for m in self.nnet.modules() if isinstance(m, TimeDependentVector)]
-        for module in self.nnet.modules():
-            if type(module) in WAYS:
-                module.forward = types.MethodType(WAYS[type(module)], module)
+        use_forms(self.nnet, {Attention: attention})
         for vector in self.vectors:
             vector.forward = types.MethodType(hidden_vector, vector)
 

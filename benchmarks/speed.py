@@ -1,16 +1,16 @@
 """Training and sampling speed of a config's network beside the released recipe and DiT-XL/2, one table per run.
 
     python benchmarks/speed.py train --config=configs/DiMR-XL-2R_imagenet256.py --batch=64 \
-        --variants=released-no,released-bf16,eager-bf16,compiled-bf16,compiled-bf16-recompute1,dit_compiled-bf16
+        --variants=released-no,released-bf16,eager-bf16,compiled-bf16,compiled-bf16-all,dit_compiled-bf16
     python benchmarks/speed.py gradient --config=configs/DiMR-XL-2R_imagenet256.py --batch=2 \
         --variants=released-no,eager-no
     python benchmarks/speed.py sample --config=configs/digits.py --batch=50 --steps=20 --variants=released-no,eager-no
 
 "train" times whole training steps (forward, backward, optimiser, one average), "gradient" forward and backward alone,
-"sample" guided sampling without decoding. A variant is WAY-PRECISION[-recomputeK[-products]][-triton]. WAY: released
-(benchmarks/released_recipe.py); eager, compiled (whole), blocks, graphs (see config.sample.compile); dit, dit_compiled
-(diffusers' DiT-XL/2 at its size). PRECISION: no, bf16 or fp16. triton: depthwise convolutions by the kernels of
-libs/depthwise_kernels.py, on a GPU.
+"sample" guided sampling without decoding. A variant is WAY-PRECISION[-RECOMPUTE][-triton]. WAY: released
+(benchmarks/released_recipe.py); eager, compiled (whole), blocks; dit, dit_compiled (diffusers' DiT-XL/2 at its size).
+PRECISION: no, bf16 or fp16. RECOMPUTE: of config.train.recompute, but off. triton: depthwise convolutions by the
+kernels of libs/depthwise_kernels.py, on a GPU.
 On a CPU variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them; on
 a GPU one after the other, as its memory need not hold all: a row is printed as soon as it is measured. Each is compared
 with the eager float32 network: its outputs and, of "train", the losses of the first steps (--losses). "first" is the
@@ -40,12 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import sde
 import utils
 from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
-from libs.compilation import compile_network, round_weights
-from libs.launch import avoid_cudnn_attention, keep_freed_memory
+from libs.compilation import TRITON_FORMS, compile_network, round_weights, use_forms
+from libs.launch import keep_freed_memory
 from libs.optim import EMA, clip_or_skip, make_adamw
 from libs.solvers import dpm_solver_fast
 
-COMPILED = {"compiled": "whole", "blocks": "blocks", "graphs": "graphs"}
+COMPILED = {"compiled": "whole", "blocks": "blocks"}
 PEERS = ("dit", "dit_compiled")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,9 +84,9 @@ class Variant:
     def __init__(self, name: str, nnet, args, config):
         self.name = name
         way, precision, *rest = name.split("-")
-        ways = ("eager", *COMPILED) if "triton" in rest else ("released", "eager", *COMPILED, *PEERS)
+        ways = ("eager", *COMPILED) if rest else ("released", "eager", *COMPILED, *PEERS)
         if way not in ways or precision not in DTYPES:
-            raise SystemExit(f"error: no variant {name!r}: expected WAY-PRECISION[-recomputeK[-products]][-triton]")
+            raise SystemExit(f"error: no variant {name!r}: expected WAY-PRECISION[-RECOMPUTE][-triton]")
         self.way, self.dtype, self.args, self.config = way, DTYPES[precision], args, config
         self.device = torch.device(args.device)
         if way in PEERS:
@@ -99,19 +99,14 @@ class Variant:
         self.nnet.to(self.device).train(args.task != "sample")
         if "triton" in rest:
             rest.remove("triton")
-            utils.choose_depthwise_kernel(self.nnet, "triton", f"the kernel of variant {name}", self.device)
-        if rest and way in ("released", *PEERS):
-            raise SystemExit(
-                f"error: variant {name!r}: recomputation is a choice of eager, compiled, blocks and graphs only"
-            )
-        if rest:
-            self.nnet.recompute(int(rest[0].removeprefix("recompute")), "products" in rest)
+            use_forms(self.nnet, TRITON_FORMS)
         if args.task == "sample" and way not in ("released", *PEERS):
             round_weights(self.nnet, precision)
         self.weights = (1.0,) if way in PEERS else utils.loss_weights(config)
         self.schedule = sde.get_schedule(config.schedule)
-        if way in COMPILED:
-            compile_network(self.nnet, COMPILED[way], final_weights=args.task == "sample")
+        if way not in ("released", *PEERS):
+            recompute = rest[0] if rest else "off"
+            compile_network(self.nnet, COMPILED.get(way, "off"), args.task == "sample", recompute)
         generator = torch.Generator().manual_seed(1)
         shape = (args.batch, *config.z_shape)
         n_classes = max(config.dataset.n_classes, 1)
@@ -196,8 +191,9 @@ def checked(variant):
     begun = time.perf_counter()
     with torch.set_grad_enabled(task != "sample"), variant.autocast():  # the graph that is timed, and no other
         outputs = variant.sample() if task == "sample" else variant.nnet(*inputs)[-1]
-        found = [outputs.detach().float().cpu()]  # at once: the next run of a CUDA graph writes over them
+        found = [outputs.detach().float().cpu()]
     variant.first = time.perf_counter() - begun
+    del outputs  # and the activations behind them
     if task == "train":
         found.append(torch.tensor([variant.step().item() for _ in range(variant.args.losses)]))
     return found
@@ -305,7 +301,6 @@ def main():
     if device.type == "cpu":
         keep_freed_memory()  # as train.py and eval.py do
     else:
-        avoid_cudnn_attention()
         torch.backends.cudnn.benchmark = args.task != "sample"
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, as it is in matrix products
     torch.manual_seed(0)
@@ -329,7 +324,7 @@ def main():
     )
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     # Recomputing, for a GPU's memory.
-    reference = checked(Variant("eager-no-recompute1", nnet, args, config)) if args.losses else []
+    reference = checked(Variant("eager-no-all", nnet, args, config)) if args.losses else []
     gc.collect()
     before = None
     for together in [[name] for name in names] if device.type == "cuda" else [names]:

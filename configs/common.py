@@ -83,10 +83,10 @@ def base():
         n_steps=1_000_000,  # updates
         batch_size=1024,  # images per update over all processes
         accumulation=1,  # forward-backward passes per update
-        compile="auto",  # torch.compile: whole, blocks (each by itself: compiles sooner), off; auto: GPUs only
-        depthwise_kernel="torch",  # depthwise convolutions: torch, or triton (on GPUs; faster or not: not yet measured)
-        recompute=0,  # compute every k-th block again in the backward pass, to save memory; 1: all, 0: none
-        recompute_keeps_products=False,  # of those, keep what costs time (matrix products, convolutions, attention)
+        compile="auto",  # torch.compile: blocks (each by itself), whole (takes minutes), off; auto: blocks on GPUs
+        # activation checkpointing: off, all, selective (keeps results of matmuls, convolutions, attention), or k: every
+        # k-th block
+        recompute="off",
         sharded=False,  # spread weights, gradients, moments and averages over the processes (FSDP); False: DDP
         log_interval=10,  # updates between log lines
         eval_interval=5000,  # updates between grids of samples
@@ -128,8 +128,7 @@ def base():
         sample_steps=250,  # network evaluations per image when evaluating
         grid_steps=50,  # network evaluations for the grids while training
         n_samples=50_000,  # images of an evaluation; labels are balanced: i * n_classes // n_samples
-        compile="auto",  # as config.train.compile, when evaluating; or graphs: whole, as CUDA graphs (small batches)
-        depthwise_kernel="torch",  # as config.train.depthwise_kernel, when evaluating
+        compile="auto",  # as config.train.compile, when evaluating
         mini_batch_size=50,  # images sampled at a time by one process; the same images whatever the processes
         scale=1.4,  # guidance, 1: none (the released code writes this 0.4)
         scale_pow=placeholder(float),  # > 0: power-cosine schedule of the scale; None or 0: constant

@@ -1,76 +1,182 @@
-"""How fast a network is computed, not what: translated by torch.compile, with weights already in 16 bits."""
+"""How fast a network is computed, not what: faster forms of its layers, torch.compile, activation checkpointing.
 
+All of it is applied to a network from outside, in place. A faster form has the signature of the forward method that it
+replaces, which is its reference: the same numbers to round-off, values and gradients (tests/test_compile.py).
+"""
+
+import functools
+import types
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from absl import logging
+from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from libs.dimr import DiMR
+from libs.depthwise import depthwise_conv, triton_depthwise_conv
+from libs.dimr import Attention, ConvNeXtBlock, DepthwiseConv, DiMR, GatedMLP, LongSkip, Upsample
+from libs.norms import LAYER_NORM_EPS, at_least_float32, per_sample
 
 COMPILE = ("auto", "whole", "blocks", "off")
-SAMPLING_COMPILE = (*COMPILE, "graphs")
+
+# --- Faster forms when compiled ---------------------------------------------------------------------------------------
 
 
-def choose_compile(how: str, device: torch.device, several: bool = False) -> str:
-    """What auto of `COMPILE` stands for: off on CPUs; on GPUs whole, or blocks where `several` train together: the
-    gradients of one block are sent while the next is computed (whole, the compiler would cut the network for that)."""
-    if how != "auto":
-        return how
-    return "off" if device.type == "cpu" else "blocks" if several else "whole"
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the precision in which a matmul takes x: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def compile_network(nnet: DiMR, how: str, final_weights: bool = False) -> None:
-    """Have torch.compile translate a network, in place, at its first call of each shape.
+def joined_gated_mlp(self: GatedMLP, x: Tensor, t: Tensor) -> Tensor:
+    """GatedMLP.forward with one matmul for both inputs of the gate: z and its gradient are read once."""
+    z = self.norm(x, t)
+    weight, bias = (torch.cat([getattr(layer, name) for layer in (self.w0, self.w1)]) for name in ("weight", "bias"))
+    a, b = F.linear(z, weight, bias).chunk(2, dim=-1)
+    return self.w2(F.gelu(a) * b)
 
-    Without graph breaks, for fixed shapes.
+
+def padded_attention(self: Attention, x: Tensor, t: Tensor) -> Tensor:
+    """Attention.forward with heads padded to a multiple of 8 by rows of zeros in the weights.
+
+    GPU kernels need such heads; PyTorch would pad and copy the features. XL's heads of 60, on an H100 at batch 64,
+    forward and backward of 39 layers: 50.2 ms as they are, 25.8 ms padded (benchmarks/parts.py).
+    """
+    heads, d = self.num_heads, self.out.in_features // self.num_heads
+    into = rearrange(self.qkv.weight, "(three heads d) D -> three heads d D", three=3, d=d)
+    into = rearrange(F.pad(into, (0, 0, 0, -d % 8)), "three heads d D -> (three heads d) D")
+    q, k, v = rearrange(F.linear(self.norm(x, t), into), "B N (three h d) -> three B h N d", three=3, h=heads)
+    z = rearrange(F.scaled_dot_product_attention(q, k, v, scale=d**-0.5), "B h N d -> B N (h d)")
+    back = F.pad(rearrange(self.out.weight, "D (h d) -> D h d", d=d), (0, -d % 8))
+    return F.linear(z, rearrange(back, "D h d -> D (h d)"), self.out.bias)
+
+
+def rounded_long_skip(self: LongSkip, x: Tensor, skip: Tensor) -> Tensor:
+    """LongSkip.forward that rounds before it copies side by side: fewer bytes, the same numbers."""
+    dtype = matmul_dtype(x)
+    return F.linear(torch.cat([x.to(dtype), skip.to(dtype)], dim=-1), self.weight, self.bias)
+
+
+def upsample_by_parts(self: Upsample, features: list[Tensor], t: Tensor) -> Tensor:
+    """Upsample.forward without a float32 copy of all features side by side (38,400 channels in XL).
+
+    Mean and variance are summed part by part; variance is mean square less squared mean, which loses digits where a
+    mean is far larger than the spread.
+    """
+    dtype = matmul_dtype(features[0])
+    parts = [at_least_float32(feature) for feature in features]
+    mean, square = (sum(x.pow(p).mean(dim=-1, keepdim=True) for x in parts) / len(parts) for p in (1, 2))
+    inverse = torch.rsqrt((square - mean.square()).clamp_min(0) + LAYER_NORM_EPS)
+    gains, shifts = (
+        per_sample(v(t), parts[0]).chunk(len(parts), dim=-1) for v in (self.norm_in.weight, self.norm_in.bias)
+    )
+
+    def normalized(mean: Tensor, inverse: Tensor) -> list[Tensor]:
+        return [((x - mean) * inverse * g + s).to(dtype) for x, g, s in zip(parts, gains, shifts, strict=True)]
+
+    # Checkpointed, or float32 copies of the parts less their mean would be kept for the backward pass.
+    z = torch.cat(checkpoint(normalized, mean, inverse, use_reentrant=False, preserve_rng_state=False), dim=-1)
+    z = rearrange(self.proj(z), "B h w (a b D) -> B (h a) (w b) D", a=self.ratio, b=self.ratio)
+    return self.norm_out(z, t)
+
+
+def convnext_with_triton(self: ConvNeXtBlock, x: Tensor, t: Tensor) -> Tensor:
+    """ConvNeXtBlock.forward with the Triton kernels of libs/depthwise.py, which add the residual in the same pass."""
+    x = triton_depthwise_conv(x, self.depthwise.weight, self.depthwise.bias, residual=True)
+    return x + self.mlp(x, t)
+
+
+def opaque_depthwise(self: DepthwiseConv, x: Tensor) -> Tensor:
+    """DepthwiseConv.forward as one operation, which the compiler neither looks into nor lays out anew."""
+    dtype = matmul_dtype(x)
+    return depthwise_conv(x.to(dtype), self.weight.to(dtype)) + self.bias.to(dtype)
+
+
+# --- Faster forms on a CPU --------------------------------------------------------------------------------------------
+
+FEW_TOKENS = 64  # up to these, PyTorch's attention gains nothing and keeps the compiler from fusing
+
+
+def cpu_attention(self: Attention, x: Tensor, t: Tensor) -> Tensor:
+    """Attention.forward in float32: PyTorch's 16-bit kernel takes many times as long in the backward pass."""
+    qkv = self.qkv(self.norm(x, t))
+    q, k, v = rearrange(at_least_float32(qkv), "B N (three h d) -> three B h N d", three=3, h=self.num_heads)
+    with torch.autocast("cpu", enabled=False):
+        if q.shape[-2] > FEW_TOKENS:
+            z = F.scaled_dot_product_attention(q, k, v)
+        else:
+            z = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+    return self.out(rearrange(z.to(qkv.dtype), "B h N d -> B N (h d)"))
+
+
+def cpu_depthwise(self: DepthwiseConv, x: Tensor) -> Tensor:
+    """DepthwiseConv.forward with a faster weight gradient; without gradients the compiler gains more by seeing it."""
+    return opaque_depthwise(self, x) if torch.is_grad_enabled() else DepthwiseConv.forward(self, x)
+
+
+# --- All of it, applied to a network ----------------------------------------------------------------------------------
+
+Forms = dict[type[nn.Module], Callable[..., Tensor]]
+CPU_FORMS: Forms = {Attention: cpu_attention, DepthwiseConv: cpu_depthwise}
+COMPILED_FORMS: Forms = {GatedMLP: joined_gated_mlp, LongSkip: rounded_long_skip, Upsample: upsample_by_parts}
+COMPILED_GPU_FORMS: Forms = {Attention: padded_attention, DepthwiseConv: opaque_depthwise}
+TRITON_FORMS: Forms = {ConvNeXtBlock: convnext_with_triton}
+
+
+def use_forms(nnet: nn.Module, forms: Forms) -> None:
+    """Replace the forward method of each layer that `forms` has one for."""
+    for module in nnet.modules():
+        if type(module) in forms:
+            module.forward = types.MethodType(forms[type(module)], module)
+
+
+def choose_compile(how: str, device: torch.device) -> str:
+    """Return what auto of `COMPILE` stands for: blocks on GPUs, off on CPUs."""
+    return how if how != "auto" else "off" if device.type == "cpu" else "blocks"
+
+
+def compile_network(nnet: DiMR, how: str, final_weights: bool = False, recompute: str = "off") -> None:
+    """Use the faster forms for the network's device, activation checkpointing and torch.compile.
+
+    Compiling happens at the first call of each shape, without graph breaks.
 
     Args:
-        how: whole, blocks or off. For sampling also graphs: whole, and on a GPU its launches recorded as one CUDA
-            graph, so that the host's time per call does not count (it does with small batches).
-        final_weights: the network is sampled with: its weights will not change any more, and no gradient is asked
-            for. It is then compiled to the same kernels in every process (by default the compiler chooses among
-            reductions by timing them), so that the images are the same from any number of processes. On a CPU a network
-            compiled whole keeps its weights laid out for its matrix products.
+        how: whole (one graph), blocks (each block by itself: compiles sooner, blocks of a branch share their code) or
+            off.
+        final_weights: for sampling: weights change no more and no gradient is asked for. Every process then compiles
+            to the same kernels (by default the compiler chooses among reductions by timing them), so that the images
+            are the same from any number of processes. On a CPU a whole network lays its weights out once.
+        recompute: see `checkpoint_activations`.
     """
+    on_cpu = next(nnet.parameters()).device.type == "cpu"
+    if how != "off":
+        use_forms(nnet, COMPILED_FORMS | ({} if on_cpu else COMPILED_GPU_FORMS))
+    use_forms(nnet, CPU_FORMS if on_cpu else {})
+    checkpoint_activations(nnet, recompute)
     if how == "off":
         return
     logging.info("torch.compile (%s): the first call takes minutes for a large network", how)
-    # Networks share their code, and blocks: one function is translated for each, in training, without gradients ...
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 64  # branches share code, each compiled in training, without gradients, ...
     parts = [nnet]
     if how == "blocks":
         torch._dynamo.config.optimize_ddp = False  # or blocks would be cut again, to send their gradients sooner
         parts = [stage.upsample for stage in nnet.stages[1:]]
         for stage in nnet.stages:
             parts += [*stage.blocks, *stage.skips, stage.head]
-    options = {"deterministic": True} if final_weights else {}
-    if how == "graphs":
-        options["triton.cudagraphs"] = True
+    options = {"deterministic": True} if final_weights else None
     for module in parts:
         # The forward method and not the module, whose hooks (DDP's, FSDP's) stay outside.
-        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, options=options or None)
-    if how == "graphs":
-        nnet.forward = keeping_outputs(nnet.forward)
-    if how == "whole" and final_weights and next(nnet.parameters()).device.type == "cpu":
+        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
+    if how == "whole" and final_weights and on_cpu:
         nnet.forward = with_fixed_weights(nnet.forward)
 
 
-def round_weights(nnet: nn.Module, precision: str) -> None:
-    """Bring the weights of matrix products to 16 bits, as autocast would at every call: the same numbers, sooner.
-
-    For a network that is sampled with, always within autocast. `precision` is accelerate's: no, bf16 or fp16.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    for module in nnet.modules() if dtype else ():
-        for name, weight in module.named_parameters(recurse=False) if isinstance(module, nn.Linear) else ():
-            setattr(module, name, nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad))
-
-
 def with_fixed_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """A compiled function that, called without gradients, lays its weights out once for the matrix products.
+    """Have a compiled function lay its weights out once for its matmuls, and call its kernels from C++.
 
-    It also calls its kernels from C++: small ones take less time than Python needs to call them.
+    The digits on two CPU cores are sampled 1.8 times as fast (benchmarks/results/speed.md).
     """
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -81,11 +187,60 @@ def with_fixed_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[.
     return call
 
 
-def keeping_outputs(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """A function recorded as a CUDA graph, whose outputs the next call overwrites, as one that gives its own."""
+def round_weights(nnet: nn.Module, precision: str) -> None:
+    """Round the weights of matmuls to 16 bits once, as autocast would at every call: the same numbers.
 
-    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
-        torch.compiler.cudagraph_mark_step_begin()
-        return tuple(output.clone() for output in forward(*inputs))
+    For a network that is sampled with, always within autocast. `precision` is accelerate's: no, bf16 or fp16.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    for module in nnet.modules() if dtype else ():
+        for name, weight in module.named_parameters(recurse=False) if isinstance(module, nn.Linear) else ():
+            setattr(module, name, nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad))
 
-    return call
+
+# --- Activation checkpointing -----------------------------------------------------------------------------------------
+
+MATMULS = [  # most of a block's time and little of its memory: kept by selective checkpointing
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.dimr.triton_depthwise.default,
+    torch.ops.dimr.depthwise.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+
+def checkpointed_modules(nnet: DiMR, how: str) -> list[nn.Module]:
+    """Return the modules whose activations are recomputed: see `checkpoint_activations`."""
+    if how == "off":
+        return []
+    every, found = int(how) if how.isdigit() else 1, []
+    for stage in nnet.stages:
+        found += [stage.upsample] if hasattr(stage, "upsample") else []
+        found += stage.blocks[::every]
+        found += [skip for i, skip in enumerate(stage.skips, len(stage.skips) + 1) if i % every == 0]
+    return found
+
+
+def checkpoint_activations(nnet: DiMR, how: str) -> None:
+    """Recompute activations of blocks in the backward pass in place of keeping them (Chen et al., arXiv 1604.06174).
+
+    The same numbers in less memory and more time.
+
+    Args:
+        how: off; all; k (every k-th block, such as 2); or selective: all, but the results of matmuls, convolutions and
+            attention are kept.
+    """
+    contexts = functools.partial(create_selective_checkpoint_contexts, MATMULS)
+    settings = {"context_fn": contexts} if how == "selective" else {}
+
+    def checkpointed(module: nn.Module, forward: Callable[..., Tensor], *args) -> Tensor:
+        if not module.training:
+            return forward(*args)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **settings)
+
+    for module in checkpointed_modules(nnet, how):
+        module.forward = functools.partial(checkpointed, module, module.forward)

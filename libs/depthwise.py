@@ -1,9 +1,9 @@
-"""Depthwise convolution of channels-last features, by PyTorch or by Triton kernels for NVIDIA GPUs.
+"""Depthwise convolution of channels-last features with a backward pass of our own, and by Triton kernels for GPUs.
 
-Axes: B batch, h w grid, D channels (adjacent in memory), k taps along a side of the kernel (odd), p = k // 2 zeros
-around the grid.
+Both are forms of `libs.dimr.DepthwiseConv`, swapped in by libs/compilation.py. The kernels are in
+libs/depthwise_kernels.py.
 
-The kernels themselves, and how they were reasoned, are in libs/depthwise_kernels.py.
+Axes: B batch, h w grid, D channels (adjacent in memory), k taps along a side of the kernel (odd).
 """
 
 import math
@@ -14,94 +14,44 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from libs.norms import at_least_float32, product_dtype
+from libs.norms import at_least_float32
 
 try:
     from libs import depthwise_kernels as kernels
-except ImportError:  # no triton, which does not exist for every platform; PyTorch's convolution does without
+except ImportError:  # no triton, which does not exist for every platform
     kernels = None
 
-KERNELS = ("torch", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of features in the Triton kernels; sums are float32
 CHANNELS = 32  # of a program: a warp
 COLUMNS = 8  # of a thread
 MOST_GROUPS = 4  # of columns in a program, one warp each
 
 
-def depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool = False, kernel: str = "torch"
-) -> Tensor:
-    """Depthwise convolution of a grid with zeros around it: (B, h, w, D) -> (B, h, w, D).
+# --- PyTorch's convolution as one operation, whose backward pass is chosen here ---------------------------------------
 
-    Args:
-        weight: (D, 1, k, k), k odd, as nn.Conv2d keeps it.
-        bias: (D,) or None.
-        residual: add x to the result.
-        kernel: "torch": F.conv2d, anywhere, in autocast's precision. "triton": the kernels of
-            libs/depthwise_kernels.py, for float32, bfloat16 and float16; products and sums are float32 and
-            the result has the precision of x.
 
-    Raises:
-        ValueError: an even k, another `kernel`, or features that the Triton kernels do not take.
+def as_image_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve a grid with zeros around it: (B, h, w, D), weight (D, 1, k, k) -> (B, h, w, D).
+
+    Seen as an image, channels-last features are in the layout that F.conv2d wants already.
     """
-    k = weight.shape[-1]
-    if kernel not in KERNELS or k % 2 == 0:
-        raise ValueError(f"expected an odd kernel and one of {', '.join(KERNELS)}; found {k} and {kernel!r}")
-    if kernel == "torch":
-        if as_one_operation(x):
-            dtype = product_dtype(x)
-            y = image_convolution(x.to(dtype), weight.to(dtype))
-            y = y if bias is None else y + bias.to(dtype)  # where the compiler adds it to what it adds anyway
-        else:
-            y = as_image_convolution(x, weight, bias)
-        return x + y if residual else y
-    if x.dtype not in DTYPES:
-        raise ValueError(f"the Triton convolution takes float32, bfloat16 and float16; found {x.dtype}")
-    # Neighbouring channels side by side, for the kernels' loads: a copy of k k D numbers.
-    return convolve(x, rearrange(weight, "D 1 ky kx -> (ky kx) D").contiguous(), bias, residual, False)
-
-
-def check_triton(setting: str, device: torch.device) -> None:
-    """Raises ValueError, naming the setting that asks for them, where the Triton kernels cannot run."""
-    if device.type != "cuda" or kernels is None:
-        found = f"device {device.type}" if device.type != "cuda" else "no package of that name"
-        raise ValueError(f"{setting} is triton, which needs a CUDA device and triton; found {found}: set it to torch")
-
-
-def as_image_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.conv2d: seen as an image, channels-last features are in the layout that it wants already, so that none is
-    copied. (B, h, w, D) -> (B, h, w, D)."""
     dim, _, k, _ = weight.shape
-    y = F.conv2d(rearrange(x, "B h w D -> B D h w"), weight, bias, padding=k // 2, groups=dim)
+    y = F.conv2d(rearrange(x, "B h w D -> B D h w"), weight, padding=k // 2, groups=dim)
     return rearrange(y, "B D h w -> B h w D")
 
 
-# --- PyTorch's convolution as one operation ---------------------------------------------------------------------------
-# So that its backward pass can be chosen. torch.compile does not look into it either: where it did, the compiler of
-# PyTorch 2.14 copied what the backward pass of a depthwise convolution reads to a layout that is neither channels-last
-# nor contiguous, for PyTorch to copy it back, and fused less of what is around the convolution (counted by
-# benchmarks/passes.py).
+@torch.library.custom_op("dimr::depthwise", mutates_args=())
+def depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """`as_image_convolution`, which torch.compile does not look into: it would copy features to other layouts."""
+    return as_image_convolution(x.contiguous(), weight).contiguous()
 
 
-def as_one_operation(x: Tensor) -> bool:
-    """On CPUs, where there are gradients: without, the compiler gains more by seeing the convolution, whose weights it
-    can lay out once. Elsewhere, when compiling."""
-    return torch.is_grad_enabled() if x.device.type == "cpu" else torch.compiler.is_compiling()
-
-
-@torch.library.custom_op("dimr::image_convolution", mutates_args=())
-def image_convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """`as_image_convolution` without a bias."""
-    return as_image_convolution(x.contiguous(), weight, None).contiguous()
-
-
-@torch.library.custom_op("dimr::image_convolution_gradients", mutates_args=())
-def image_convolution_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> list[Tensor]:
-    """Gradients of x and the weights; an empty tensor for one that is not asked for."""
+@torch.library.custom_op("dimr::depthwise_gradients", mutates_args=())
+def depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> list[Tensor]:
+    """Compute the gradients of x and the weights; an empty tensor for one that is not asked for."""
     grad, x, nothing = grad.contiguous(), x.contiguous(), x.new_empty(0)
     if x.device.type == "cpu":
         return [
-            as_image_convolution(grad, weight.flip(2, 3), None).contiguous() if of_x else nothing,
+            as_image_convolution(grad, weight.flip(2, 3)).contiguous() if of_x else nothing,
             by_large_kernels(grad, x, weight) if of_weight else nothing,
         ]
     dim, _, k, _ = weight.shape
@@ -116,44 +66,55 @@ def image_convolution_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: b
 
 
 def by_large_kernels(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of the weights as a convolution of x by grad, a kernel as large as the grid for each channel of each
-    sample. oneDNN's own takes several times as long, most of all in bfloat16."""
-    dtype, (dim, _, k, _) = at_least_float32(x), weight.shape
-    images = rearrange(x.to(dtype), "B h w D -> 1 (B D) h w")
-    kernels = rearrange(grad.to(dtype), "B h w D -> (B D) 1 h w")
+    """Compute the weight gradient as a convolution of x by grad, a kernel as large as the grid for each channel.
+
+    On a CPU oneDNN's own takes several times as long, most of all in bfloat16.
+    """
+    dim, _, k, _ = weight.shape
+    images = rearrange(at_least_float32(x), "B h w D -> 1 (B D) h w")
+    kernels = rearrange(at_least_float32(grad), "B h w D -> (B D) 1 h w")
     taps = F.conv2d(images, kernels, padding=k // 2, groups=len(kernels))
     return rearrange(taps, "1 (B D) ky kx -> B D 1 ky kx", D=dim).sum(0).to(weight.dtype)
 
 
-@image_convolution.register_fake
+@depthwise_conv.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@image_convolution_gradients.register_fake
+@depthwise_gradients.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> list[Tensor]:
     return [x.new_empty(x.shape if of_x else 0), x.new_empty(weight.shape if of_weight else 0)]
 
 
-def keep_image(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def image_gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def depthwise_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
-    gradients = image_convolution_gradients(grad, *ctx.saved_tensors, *needed)
+    gradients = depthwise_gradients(grad, *ctx.saved_tensors, *needed)
     return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True))
 
 
-image_convolution.register_autograd(image_gradient, setup_context=keep_image)
+depthwise_conv.register_autograd(depthwise_backward, setup_context=keep_inputs)
 
 
-# --- The Triton kernels as operations, as autograd, torch.compile and the counting of operations see them -------------
+# --- The Triton kernels -----------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dimr::depthwise", mutates_args=())
+def triton_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False) -> Tensor:
+    """Convolve (B, h, w, D) by weight (D, 1, k, k) and bias (D,), and add x if `residual`. CUDA; sums are float32.
+
+    The result has the precision of x: float32, bfloat16 or float16.
+    """
+    # Neighboring channels side by side, for the kernels' loads: a copy of k k D numbers.
+    return convolve(x, rearrange(weight, "D 1 ky kx -> (ky kx) D").contiguous(), bias, residual, False)
+
+
+@torch.library.custom_op("dimr::triton_depthwise", mutates_args=())
 def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, residual: bool, transposed: bool) -> Tensor:
-    """The convolution with taps (k k, D), in their opposite order if `transposed`; other arguments as above."""
+    """Convolve with taps (k k, D), in their opposite order if `transposed`."""
     x, taps = x.contiguous(), taps.contiguous()
     out = torch.empty_like(x)
     batch, height, width, dim = x.shape
@@ -167,7 +128,7 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, residual: bool, trans
     return out
 
 
-@torch.library.custom_op("dimr::depthwise_weight_gradient", mutates_args=())
+@torch.library.custom_op("dimr::triton_weight_gradient", mutates_args=())
 def weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
     """Gradients of the taps and, in the last row, of the bias: (k k + 1, D), float32."""
     x, grad = x.contiguous(), grad.contiguous()
@@ -218,11 +179,11 @@ def gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Te
 convolve.register_autograd(gradient, setup_context=keep_for_gradient)
 
 
-@register_flop_formula(torch.ops.dimr.depthwise)
+@register_flop_formula(torch.ops.dimr.triton_depthwise)
 def _(x_shape: torch.Size, taps_shape: torch.Size, *args, **kwargs) -> int:
     return 2 * math.prod(x_shape) * taps_shape[0]
 
 
-@register_flop_formula(torch.ops.dimr.depthwise_weight_gradient)
+@register_flop_formula(torch.ops.dimr.triton_weight_gradient)
 def _(x_shape: torch.Size, grad_shape: torch.Size, k: int, *args, **kwargs) -> int:
     return 2 * math.prod(x_shape) * k * k

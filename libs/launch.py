@@ -55,20 +55,12 @@ def make_accelerator(**kwargs) -> accelerate.Accelerator:
         )
     if on_cpu:
         keep_freed_memory()
-    else:
-        avoid_cudnn_attention()
     timeout = accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)
     in_place = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
     accelerator = accelerate.Accelerator(cpu=on_cpu, kwargs_handlers=[timeout, in_place], **kwargs)
     if not on_cpu and precision == "no" and accelerator.is_main_process:
         logging.warning("float32 on a GPU takes about ten times as long as bf16: give --mixed_precision bf16")
     return accelerator
-
-
-def avoid_cudnn_attention() -> None:
-    """Leave attention on GPUs to FlashAttention: cuDNN's, PyTorch's first choice on Hopper since 2.11, has had NaN
-    gradients in 16 bits there (pytorch issue 196678, cudnn-frontend issue 628)."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory() -> None:

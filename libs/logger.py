@@ -144,7 +144,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Settings that change nothing of what a run computes; the others must be as in its checkpoint.
 FREE_SETTINGS = (
-    r"config\.train\.(n_steps|accumulation|sharded|compile|recompute\w*|\w+_interval|keep_last|max_skipped)",
+    r"config\.train\.(n_steps|accumulation|sharded|compile|recompute|\w+_interval|keep_last|max_skipped)",
     r"config\.train\.(depthwise_kernel|(grid|fid)_\w+)",
     r"config\.((sample|wandb)\..*|init\.path|fid_stat|resume_changes.*)",
     r"config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path)",  # the store knows its autoencoder

@@ -39,7 +39,7 @@ import utils
 from libs import launch
 from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label
-from libs.compilation import round_weights
+from libs.compilation import compile_network, round_weights
 from libs.files import naming_the_way_out, replacing
 from libs.launch import errors_in_one_line
 from libs.pictures import check_finite, finite, to_uint8
@@ -79,6 +79,7 @@ class Model:
         self.weaker, _ = utils.open_weaker_network(self.config, device)
         for network in [self.nnet, self.weaker] if self.weaker else [self.nnet]:
             round_weights(network, self.accelerator.mixed_precision)
+            compile_network(network, "off")
         self.autoencoder = utils.open_autoencoder(self.config, device)
         self.schedule = sde.get_schedule(self.config.schedule)
         self.names = utils.class_names(self.config, file)

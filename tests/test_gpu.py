@@ -8,6 +8,7 @@ from test_train import losses
 
 import sde
 from benchmarks import kernels
+from libs.compilation import TRITON_FORMS, compile_network, use_forms
 from libs.optim import EMA, clip_or_skip, make_adamw
 from libs.randomness import step_draws
 
@@ -36,15 +37,15 @@ def test_depthwise_kernels(shape, k, dtype):
         assert (difference <= eps * (expected.abs() + expected.abs().mean())).all(), name
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_network_with_depthwise_kernels(compiled):
-    model, arguments = small_model().cuda(), [tensor.cuda() for tensor in inputs()]
-    gradients = []
-    for kernel in ("torch", "triton"):
-        model.use_depthwise_kernel(kernel)
-        model.zero_grad()
-        forward = torch.compile(model, fullgraph=True) if compiled and kernel == "triton" else model
-        sum(output.square().mean() for output in forward(*arguments)).backward()
+@pytest.mark.parametrize("how", ["off", "blocks"])
+@pytest.mark.parametrize("forms", [{}, TRITON_FORMS])
+def test_faster_forms_have_the_references_gradients(how, forms):
+    arguments, gradients = [tensor.cuda() for tensor in inputs()], []
+    for model in (small_model().cuda(), small_model().cuda()):
+        if gradients:
+            use_forms(model, forms)
+            compile_network(model, how)
+        sum(output.square().mean() for output in model(*arguments)).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
@@ -93,12 +94,12 @@ def test_the_programs_as_they_are_on_a_gpu(tiny_config, tmp_path, precision):
         done = run("train.py", *flags, *workdir, env={"ACCELERATE_MIXED_PRECISION": mixed}, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "usual") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
-    for name, how in (("whole", "whole"), ("again", "whole"), ("graphs", "graphs")):
+    for name, how in (("blocks", "blocks"), ("again", "blocks")):
         chosen = [f"--nnet_path={tmp_path / 'usual/ckpts/6.ckpt'}", f"--config.sample.compile={how}"]
         # Each process compiles for itself, as those of several machines do.
         env = {"ACCELERATE_MIXED_PRECISION": precision, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache_{name}")}
         done = run("eval.py", *flags, *chosen, f"--IMGsave_path={tmp_path / name}", env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(list((tmp_path / name).glob("*.png"))) == 12
-    for image in (tmp_path / "whole").glob("*.png"):
+    for image in (tmp_path / "blocks").glob("*.png"):
         assert image.read_bytes() == (tmp_path / "again" / image.name).read_bytes()

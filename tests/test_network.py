@@ -8,17 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
-from libs import dimr
 from libs.compilation import round_weights
-from libs.dimr import DiMR, GatedGELU, LongSkip, StageSpec
-from libs.norms import (
-    NORMS,
-    TDLayerNorm,
-    TDRMSNorm,
-    TimeDependentVector,
-    scaled_layer_norm_of_parts,
-    scaled_rms,
-)
+from libs.dimr import DiMR, StageSpec
+from libs.norms import NORMS, TDLayerNorm, TDRMSNorm, TimeDependentVector
 
 COARSE = StageSpec("TransformerBlock", 16, 3, 32, patch_size=2, max_height=4, max_width=4, num_heads=2)
 FINE = StageSpec("ConvNeXtBlock", 8, 3, 16, patch_size=1, max_height=8, max_width=8, kernel_size=3)
@@ -66,94 +58,12 @@ def test_rms_eps_is_added_to_the_rms():
     torch.testing.assert_close(TDRMSNorm(4)(x, torch.zeros(1)), torch.full((1, 1, 4), 0.5))
 
 
-@pytest.mark.parametrize("n_times", [3, 1])
-@pytest.mark.parametrize("norm", NORMS.values())
-def test_written_out_gradients_of_norms(norm, n_times):
-    """Against finite differences in float64, for a time per sample and one time for all."""
-    torch.manual_seed(0)
-    module = norm(6).double()
-    for parameter in module.parameters():
-        parameter.data.add_(torch.randn_like(parameter))
-    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
-    t = torch.rand(n_times, dtype=torch.float64)
-    names = [name for name, _ in module.named_parameters()]
-
-    def function(x, *values):
-        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x, t))
-
-    assert torch.autograd.gradcheck(function, (x, *module.parameters()), atol=1e-7)
-
-
-@pytest.mark.parametrize("offset", [0.0, 20.0])
-def test_norm_of_parts_is_that_of_the_whole(offset):
-    """Values and gradients, in float32 against PyTorch's in float64; also with a mean far from zero."""
-    torch.manual_seed(0)
-    parts = [torch.randn(3, 5, 16) * scale + offset for scale in (0.1, 1.0, 4.0)]
-    gain, shift = torch.randn(2, 3, 1, 48).unbind()
-    leaves = [leaf.requires_grad_() for leaf in (*parts, gain, shift)]
-    found = scaled_layer_norm_of_parts(parts, gain, shift, torch.float32)
-    along = torch.randn_like(found)
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    whole = nn.functional.layer_norm(torch.cat(exact[:3], dim=-1), (48,)) * exact[3] + exact[4]
-    close = {"rtol": 1e-4, "atol": 1e-4} if offset else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(found.double(), whole, **close)
-    torch.testing.assert_close(
-        [gradient.double() for gradient in torch.autograd.grad(found, leaves, along)],
-        list(torch.autograd.grad(whole, exact, along.double())),
-        **close,
-    )
-
-
-def test_long_skips_round_as_their_product_does():
-    skip = LongSkip(8)
-    x, other = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        joined = nn.functional.linear(torch.cat([x, other], dim=-1), skip.weight, skip.bias)
-        assert torch.equal(skip(x, other), joined)
-    assert torch.equal(skip(x, other), nn.functional.linear(torch.cat([x, other], dim=-1), skip.weight, skip.bias))
-
-
 def test_a_norm_of_nothing_is_nothing():
     x = torch.zeros(2, 3, 8, requires_grad=True)
     for norm in (TDRMSNorm(8), TDLayerNorm(8)):
         (result,) = torch.autograd.grad(norm(x, torch.zeros(2)).sum(), x)
         assert torch.isfinite(result).all()
     assert (TDRMSNorm(8)(x, torch.zeros(2)) == 0).all()
-
-
-def test_written_out_gradient_of_the_gate():
-    a, b = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
-    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
-    torch.testing.assert_close(GatedGELU.apply(a, b), torch.nn.functional.gelu(a) * b)
-    assert torch.autograd.gradcheck(GatedGELU.apply, (a, b))
-
-
-def test_norms_feed_products_in_their_precision():
-    x, t = torch.randn(2, 3, 8), torch.rand(2)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert TDRMSNorm(8)(x, t).dtype == TDLayerNorm(8)(x, t).dtype == torch.bfloat16
-        assert TDLayerNorm(8, exact=True)(x, t).dtype == torch.float32
-        torch.testing.assert_close(TDRMSNorm(8)(x, t), torch.nn.functional.rms_norm(x, (8,)).bfloat16())
-
-
-def test_gradients_of_16_bit_features_are_summed_in_float32():
-    """Those behind a long skip come in 16 bits; expected: automatic differentiation in float64."""
-    torch.manual_seed(0)
-    x, gain, grad = (
-        (5 * torch.randn(64, 8, 32)).half(),
-        torch.rand(1, 1, 32) + 0.5,
-        (200 * torch.randn(64, 8, 32)).half(),
-    )
-    found, expected = [], []
-    for kind, result in ((None, found), (torch.float64, expected)):
-        a, b = (v.to(kind or v.dtype).detach().requires_grad_() for v in (x, gain))
-        if kind:
-            (a / (a.square().mean(-1, keepdim=True).sqrt() + 1e-8) * b).backward(grad.to(kind))
-        else:
-            scaled_rms(a, b, torch.float16).backward(grad)
-        result += [a.grad.float(), b.grad.float()]
-    torch.testing.assert_close(found[0], expected[0], rtol=2e-3, atol=1e-2)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=0.1)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("no", torch.float32)])
@@ -171,24 +81,9 @@ def test_weights_rounded_once_give_the_same_numbers(precision, dtype):
 
 def test_classes_need_a_branch_that_sees_them():
     stage = StageSpec("ConvNeXtBlock", 8, 1, 16, 1, 8, 8)
-    with pytest.raises(
-        ValueError, match="5 classes need a stage that sees the class, with block_type TransformerBlock"
-    ):
+    with pytest.raises(ValueError, match="5 classes need a TransformerBlock stage; found none"):
         DiMR([stage], n_classes=5)
     DiMR([stage], n_classes=0)
-
-
-@pytest.mark.parametrize(("every", "keep_products"), [(1, False), (2, False), (1, True)])
-def test_recomputation_changes_no_number(every, keep_products):
-    model, arguments = small_model().train(), inputs()
-    gradients = []
-    for setting in ((0, False), (every, keep_products)):
-        model.recompute(*setting)
-        model.zero_grad()
-        sum(output.square().mean() for output in model(*arguments)).backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for expected, found in zip(*gradients, strict=True):
-        assert torch.equal(expected, found)
 
 
 @pytest.mark.parametrize("norm_type", NORMS)
@@ -237,7 +132,7 @@ def test_initialisation():
         ({"depth": 4}, "depth of a stage must be odd"),
         ({"num_heads": 3}, "num_heads must divide dim"),
         ({"block_type": "Mamba"}, "block_type must be one of TransformerBlock, ConvNeXtBlock; found 'Mamba'"),
-        ({"dim": 0}, "dim of a stage must be at least 1"),
+        ({"head_kernel_size": 2}, "kernel sizes must be odd"),
     ],
 )
 def test_bad_stage(change, message):
@@ -251,12 +146,10 @@ def test_bad_model_and_input():
     with pytest.raises(ValueError, match="patch sizes must each be a multiple of the next and end in 1"):
         DiMR([COARSE])
     model, t, y = small_model(), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="divisible by the coarsest patch, 2; found 7x8"):
+    with pytest.raises(ValueError, match="divisible by the coarsest patch, 2; found"):
         model(torch.zeros(1, 4, 7, 8), t, y)
-    with pytest.raises(ValueError, match="larger than the position table: expected at most 4x4 cells"):
+    with pytest.raises(ValueError, match="a grid of 4x5 exceeds the position table 4x4: set z_shape"):
         model(torch.zeros(1, 4, 8, 10), t, y)
-    with pytest.raises(ValueError, match="expected 4 channels, found 3"):
-        model(torch.zeros(1, 3, 8, 8), t, y)
 
 
 def test_no_host_synchronisation():
@@ -277,18 +170,3 @@ def test_guidance_reads_nothing_from_the_device():
     assert guided(x, 0.5).device.type == "meta"
     with pytest.raises(RuntimeError, match=r"[Mm]eta"):
         guided(x, 0.5).sum().item()
-
-
-@pytest.mark.parametrize("tokens", [dimr.FEW_TOKENS, dimr.FEW_TOKENS + 1])  # the plain formula, and PyTorch's kernel
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_attention_is_pytorchs(tokens, dtype):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, tokens, 12).to(dtype).requires_grad_() for _ in range(3))
-    found = dimr.attention(q, k, v)
-    expected = torch.nn.functional.scaled_dot_product_attention(*(part.double() for part in (q, k, v))).to(dtype)
-    assert found.dtype == dtype
-    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2**-7, "atol": 2**-10}
-    torch.testing.assert_close(found, expected, **close)
-    along = torch.randn_like(found)
-    for ours, exact in zip(*(torch.autograd.grad(y, (q, k, v), along) for y in (found, expected)), strict=True):
-        torch.testing.assert_close(ours, exact, **close)
