@@ -206,7 +206,6 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     log_with = ["tensorboard"] + (["wandb"] if config.wandb.mode != "disabled" else [])
     accelerator = launch.make_accelerator(log_with=log_with, project_dir=str(workdir))
     device, main, scaler = accelerator.device, accelerator.is_main_process, accelerator.scaler
-    torch.backends.cudnn.benchmark = True  # shapes are fixed: cuDNN's fastest convolutions, found by timing them
     if not main:
         logging.set_verbosity(logging.ERROR)
 

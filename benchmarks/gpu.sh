@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# What only a GPU shows, in a few minutes: parts timed alone, checks, a real run, speed tables, where the time goes.
-#     bash benchmarks/gpu.sh first     all of it, most wanted first: some nine minutes
-#     bash benchmarks/gpu.sh second    what is left: DiT, CUDA graphs, larger batches, golden files compiled
-# or the names of stages: parts golden tests data run_xl run_fp16 train_speed kernels sample_speed peer larger few
+# What only a GPU shows: speed tables, where the time goes, checks, real runs. On one H100:
+#     bash benchmarks/gpu.sh first     training and sampling speed, alone on the machine: some seven minutes
+#     bash benchmarks/gpu.sh second    parts, tests, golden files and real runs, side by side: some six minutes
+#     bash benchmarks/gpu.sh third     DiT, larger batches, the network compiled whole (minutes)
+# or the names of stages: train_speed sample_speed kernels parts golden tests run_xl run_fp16 peer larger whole
 # golden_compiled. Results go to OUT (workdir/gpu unless set) as they come, at most eight files: a run that is cut off
-# leaves what it had. LIMIT: seconds in all (570); a stage for which none are left is left out.
+# leaves what it had. LIMIT: seconds in all (570); a stage for which none are left is left out. TINY=1 DEVICE=cpu shows on
+# a CPU that it runs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-workdir/gpu}
@@ -12,14 +14,14 @@ LIMIT=${LIMIT:-570}
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 CONFIG=configs/DiMR-XL-2R_imagenet256.py
-BATCH=64                                  # images of a training step
-STEPS=60                                  # of the run in bf16
-SHALLOW="9 5"                             # depths of the network of the fp16 run: less to compile
+BATCH=64              # images of a training step
+STEPS=60              # of the run in bf16
+SHALLOW="9 5"         # depths of the network of the fp16 run: less to compile
 FP16=fp16
 SAMPLES=50
-EVALUATIONS=10
-if [ -n "${TINY:-}" ]; then  # to see on a CPU that it runs: TINY=1 DEVICE=cpu
-    CONFIG=benchmarks/tiny.py BATCH=4 STEPS=4 SHALLOW="3 3" FP16=bf16 SAMPLES=2 EVALUATIONS=3
+NFE=10
+if [ -n "${TINY:-}" ]; then
+    CONFIG=benchmarks/tiny.py BATCH=4 STEPS=4 SHALLOW="3 3" FP16=bf16 SAMPLES=2 NFE=3
 fi
 WORK=${WORK:-$(df --output=avail,target /dev/shm 2>/dev/null | awk 'NR == 2 && $1 > 30000000 {print $2}')}
 WORK=$(mktemp -d "${WORK:-/tmp}/dimr-gpu-XXXX")
@@ -48,7 +50,41 @@ in_parallel() {  # functions, each in a process of its own
     wait
 }
 
-# --- Stages -----------------------------------------------------------------------------------------------------------
+# --- Speed: alone on the machine --------------------------------------------------------------------------------------
+
+speed() {  # speed TASK SECONDS ARGUMENTS...
+    local task=$1 most=$2
+    shift 2
+    stage results "$most" $PYTHON benchmarks/speed.py "$task" --config="$CONFIG" --device="$DEVICE" \
+        --profile="$OUT/profile.txt" --rounds=2 "$@"
+}
+
+train_speed() {
+    speed train 330 --batch="$BATCH" --losses=1 --variants=blocks-bf16,released-bf16,blocks-bf16-triton
+}
+
+sample_speed() {
+    speed sample 240 --batch="$SAMPLES" --steps="$NFE" --losses=1 --variants=blocks-bf16,released-bf16,blocks-bf16-triton
+}
+
+kernels() {
+    stage results 60 $PYTHON benchmarks/kernels.py --rounds=10 --sizes="XL/2R, 64"
+}
+
+peer() {  # DiT-XL/2, compiled
+    speed train 120 --batch="$BATCH" --losses=0 --variants=dit_compiled-bf16
+}
+
+larger() {  # batches
+    speed train 120 --batch=$((BATCH * 3 / 2)) --losses=0 --variants=blocks-bf16
+    speed train 120 --batch=$((BATCH * 2)) --losses=0 --variants=blocks-bf16-selective
+}
+
+whole() {  # the network in one graph: compiling takes more than four minutes
+    speed train 560 --batch="$BATCH" --losses=0 --variants=compiled-bf16
+}
+
+# --- Checks and runs: their time is the compiler's, so that they go side by side --------------------------------------
 
 parts() {
     command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv >> "$OUT/results.txt"
@@ -60,8 +96,12 @@ golden() {
     stage golden 110 $PYTHON scripts/check_golden.py tests/golden/tiny_*.safetensors --device "$DEVICE" --precision bf16
 }
 
-tests() {  # each compiles much: as many at a time as there are cores for
-    stage tests 120 $PYTHON -m pytest -n 8 --dist load -q -rA --durations=0 -p no:cacheprovider tests/test_gpu.py
+golden_compiled() {
+    stage golden 300 $PYTHON scripts/check_golden.py tests/golden/tiny_*.safetensors --device "$DEVICE" --compile whole
+}
+
+tests() {
+    stage tests 400 $PYTHON -m pytest -n 8 --dist load -v --durations=0 -p no:cacheprovider tests/test_gpu.py
 }
 
 data() {
@@ -74,8 +114,8 @@ settings() {  # settings of a run in folder $1 of $2 images a step
         --config.train.keep_interval=0 --config.train.log_interval=5
 }
 
-run_xl() {  # as a user trains on one GPU: bf16, compiled whole
-    ACCELERATE_MIXED_PRECISION=bf16 stage run_bf16 260 $PYTHON train.py $(settings xl "$BATCH") --config.train.n_steps="$STEPS" \
+run_xl() {  # as a user trains on one GPU
+    ACCELERATE_MIXED_PRECISION=bf16 stage run_bf16 300 $PYTHON train.py $(settings xl "$BATCH") --config.train.n_steps="$STEPS" \
         --config.train.eval_interval=100000 --config.train.save_interval=100000
     cat "$WORK/xl/metrics.jsonl" >> "$OUT/run_bf16.txt"
 }
@@ -83,87 +123,33 @@ run_xl() {  # as a user trains on one GPU: bf16, compiled whole
 run_fp16() {  # fp16, a grid of samples, a checkpoint, resumed, a set of images
     local depths=(${SHALLOW}) flags
     flags="$(settings fp16 $((BATCH / 4))) --config.nnet.stages[0].depth=${depths[0]} --config.nnet.stages[1].depth=${depths[1]}"
-    flags="$flags --config.train.eval_interval=10 --config.train.save_interval=10 --config.train.grid_classes=2 --config.train.grid_per_class=2"
+    flags="$flags --config.train.eval_interval=10 --config.train.save_interval=10 --config.train.grid=(2,2)"
     flags="$flags --config.sample.grid_steps=4 --config.sample.sample_steps=6 --config.sample.n_samples=16 --config.sample.mini_batch_size=8"
     export ACCELERATE_MIXED_PRECISION=$FP16
-    stage run_fp16 90 $PYTHON train.py $flags --config.train.n_steps=10
+    stage run_fp16 180 $PYTHON train.py $flags --config.train.n_steps=10
     # Resumed, and a warning at each place where the host waits for the device: the log, checkpoints and grids should be all.
-    stage run_fp16 90 $PYTHON -W default -c "import runpy, sys, torch; torch.cuda.is_available() and torch.cuda.set_sync_debug_mode('warn'); sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')" $flags --config.train.n_steps=20
-    stage run_fp16 90 $PYTHON eval.py ${flags/--workdir=*fp16 /} --nnet_path="$WORK/fp16/ckpts/20.ckpt" --IMGsave_path="$WORK/images" --config.sample.output=both
+    stage run_fp16 120 $PYTHON -W default -c "import runpy, sys, torch; torch.cuda.is_available() and torch.cuda.set_sync_debug_mode('warn'); sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')" $flags --config.train.n_steps=20
+    stage run_fp16 90 $PYTHON eval.py ${flags/--workdir=*fp16 /} --nnet_path="$WORK/fp16/ckpts/20.ckpt" --IMGsave_path="$WORK/images"
     unset ACCELERATE_MIXED_PRECISION
     { cat "$WORK/fp16/metrics.jsonl"; ls -la "$WORK/fp16/ckpts" "$WORK/fp16/samples"; ls "$WORK/images" | wc -l; } >> "$OUT/run_fp16.txt" 2>&1
     cp "$WORK/fp16/samples/20.png" "$OUT/grid.png" 2> /dev/null
 }
 
-checks_and_runs() {  # their time is the compiler's, of which a core does one: all at once
+# --- What to run ------------------------------------------------------------------------------------------------------
+
+first() {
+    train_speed
+    sample_speed
+    kernels
+}
+
+second() {
+    parts
     data
     in_parallel run_xl run_fp16 tests golden
 }
 
-speed() {  # speed TASK SECONDS ARGUMENTS...
-    local task=$1 most=$2
-    shift 2
-    stage results "$most" $PYTHON benchmarks/speed.py "$task" --config="$CONFIG" --device="$DEVICE" --profile="$OUT/profile.txt" "$@"
-}
-
-train_speed() {
-    speed train 130 --batch="$BATCH" --rounds="${ROUNDS:-2}" --losses=1 --variants=released-bf16,blocks-bf16,blocks-bf16-triton
-}
-
-sample_speed() {
-    speed sample 100 --batch="$SAMPLES" --steps="$EVALUATIONS" --rounds=2 --losses=1 \
-        --variants=released-bf16,blocks-bf16,blocks-bf16-triton
-}
-
-kernels() {
-    stage results 40 $PYTHON benchmarks/kernels.py --rounds=10 --sizes="XL/2R, 64"
-}
-
-peer() {  # DiT-XL/2, compiled
-    speed train 80 --batch="$BATCH" --rounds=2 --losses=0 --variants=dit_compiled-bf16
-}
-
-larger() {  # batches
-    speed train 80 --batch=$((BATCH * 3 / 2)) --rounds=2 --losses=0 --variants=blocks-bf16
-    speed train 80 --batch=$((BATCH * 2)) --rounds=2 --losses=0 --variants=blocks-bf16-selective
-}
-
-whole() {  # the network in one graph: compiling takes minutes
-    speed train 400 --batch="$BATCH" --rounds=2 --losses=0 --variants=compiled-bf16
-}
-
-golden_compiled() {
-    stage golden 150 $PYTHON scripts/check_golden.py tests/golden/tiny_*.safetensors --device "$DEVICE" --compile whole
-}
-
-warm() {  # the compiler's cache, for what is timed alone afterwards
-    $PYTHON benchmarks/speed.py train --config="$CONFIG" --device="$DEVICE" --batch="$BATCH" --rounds=1 --losses=0 \
-        --variants=blocks-bf16,blocks-bf16-triton > "$WORK/warm.txt" 2>&1
-    echo "[$SECONDS s] warm" >> "$OUT/stages.txt"
-}
-
-more_parts() {
-    stage results 60 $PYTHON benchmarks/parts.py --batch="$SAMPLES" --device="$DEVICE" --only=attention_gradients,decoding
-}
-
-again() {
-    data
-    in_parallel warm run_fp16 tests more_parts
-    train_speed
-    kernels
-    sample_speed
-    peer
-}
-
-first() {
-    parts
-    checks_and_runs
-    train_speed
-    kernels
-    sample_speed
-}
-
-second() {
+third() {
     peer
     larger
     golden_compiled

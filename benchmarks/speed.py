@@ -300,8 +300,6 @@ def main():
     config, device = utils.load_config(args.config), torch.device(args.device)
     if device.type == "cpu":
         keep_freed_memory()  # as train.py and eval.py do
-    else:
-        torch.backends.cudnn.benchmark = args.task != "sample"
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, as it is in matrix products
     torch.manual_seed(0)
     with device:  # where a GPU is, half a billion numbers are drawn at once
