@@ -31,12 +31,13 @@ from tqdm import tqdm
 
 import sde
 import utils
+from configs.common import check_fields
 from libs import launch
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
 from libs.compilation import choose_compile, compile_network, round_weights
 from libs.files import file_digest, naming_the_way_out, replacing
-from libs.launch import failing_together
+from libs.launch import raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.pictures import check_finite
 from libs.report import NAMES, write_report
@@ -186,7 +187,7 @@ def sample_set(
         dynamic_ncols=True,
         smoothing=0.05,
     )
-    with failing_together(accelerator), SetWriter(folder) as writer:
+    with raise_on_all_ranks(accelerator), SetWriter(folder) as writer:
         for start in range(0, len(batches), n_processes):
             together = batches[start : start + n_processes]  # one for each process
             if process < len(together):
@@ -236,7 +237,7 @@ def sample_and_score(
     n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
     indices = range(n_samples) if indices is None else indices
     labels = [balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
-    with failing_together(accelerator):  # no process writes before the folder is ready
+    with raise_on_all_ranks(accelerator):  # no process writes before the folder is ready
         if accelerator.is_main_process:
             begin_set(folder, indices, labels, settings)
     sample = utils.make_sampler(
@@ -365,7 +366,6 @@ def evaluate(
 
 
 def main(argv: list[str]) -> None:
-    launch.no_arguments(argv)
     values = flags.FLAGS
     config = values.config
     if not values.nnet_path:
@@ -409,4 +409,4 @@ if __name__ == "__main__":
         None,
         "Power of the power-cosine schedule, 0: constant scale; config.sample.scale_pow unless given.",
     )
-    launch.run(main)
+    launch.run(main, check_fields)

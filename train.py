@@ -28,6 +28,7 @@ from tqdm import tqdm
 import eval as evaluation
 import sde
 import utils
+from configs.common import check_fields
 from libs import checkpoint, launch, logger, pictures, sharding
 from libs.autoencoder import Autoencoder, sample_latents
 from libs.compilation import choose_compile, compile_network
@@ -35,7 +36,7 @@ from libs.data import StepBatches, make_loader, own_rows
 from libs.files import naming_the_way_out
 from libs.images import ImageDataset
 from libs.latents import LatentStore
-from libs.launch import REQUEUE_STATUS, StopRequest, failing_together
+from libs.launch import REQUEUE_STATUS, StopRequest, raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference
 from libs.optim import EMA, PowerEMA, clip_or_skip, make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
@@ -265,7 +266,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     wrapped = accelerator.prepare_model(nnet, device_placement=False, evaluation_mode=settings.sharded)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
     lock = None
-    with failing_together(accelerator), naming_the_way_out(workdir, "set --workdir"):
+    with raise_on_all_ranks(accelerator), naming_the_way_out(workdir, "set --workdir"):
         if main:
             workdir.mkdir(parents=True, exist_ok=True)
             lock = logger.become_only_writer(workdir)
@@ -461,7 +462,6 @@ def fid_of_samples(
 
 
 def main(argv: list[str]) -> None:
-    launch.no_arguments(argv)
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     status = train(config, workdir or Path("workdir") / launch.config_name())
     if status:
@@ -473,4 +473,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     launch.define_config_flag("What to train: a file of configs/.")
     flags.DEFINE_string("workdir", None, "Where to write; workdir/<name of the config file> unless given.")
-    launch.run(main)
+    launch.run(main, check_fields)

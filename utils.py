@@ -49,7 +49,7 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
         raise ValueError(
             f"{where}: expected a config with get_config(); found {type(error).__name__}: {error}"
         ) from error
-    common.check(config, path)
+    common.check_fields(config, path)
     return config
 
 

@@ -40,7 +40,7 @@ def fields(config, prefix=""):
         yield from fields(value, f"{prefix}{name}.") if inner else [prefix + name]
 
 
-def check(config, name):
+def check_fields(config, name):
     """Raises ValueError for what is no config of this project, or lacks fields of one."""
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(f"get_config() of {name} must return what base() of configs/common.py gives; found {config!r}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from libs.files import file_digest, read_npy_header, replacing
 from libs.inception import CLASSES, POOL, SPATIAL, AdmInception, load_adm_inception
-from libs.launch import failing_together
+from libs.launch import raise_on_all_ranks
 from libs.sample_set import SampleSet
 
 Features = np.ndarray | Tensor  # (N, D)
@@ -523,7 +523,7 @@ def features_of(
         disable=not state.is_main_process,
     )
     part = None
-    with failing_together(state):
+    with raise_on_all_ranks(state):
         if end > first:
             part = extract_features(network(), batches, images.name)
     if state.num_processes == 1:

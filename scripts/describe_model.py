@@ -19,6 +19,7 @@ from absl import flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 import utils
+from configs.common import check_fields
 from libs import cost, launch
 
 # (recompute, recompute_keeps_products) and how the table calls it
@@ -99,7 +100,6 @@ def describe(config: ml_collections.ConfigDict, precision: str, memory_gb: float
 
 
 def main(argv: list[str]) -> None:
-    launch.no_arguments(argv)
     values = flags.FLAGS
     for name in ("memory_gb", "tflops", "gpus"):
         if not 0 < values[name].value < math.inf:
@@ -117,4 +117,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("memory_gb", 80, "Memory of a GPU.")
     flags.DEFINE_float("tflops", 400, "FLOP/s that a GPU achieves, in 1e12.")
     flags.DEFINE_integer("gpus", 8, "GPUs of the run.")
-    launch.run(main)
+    launch.run(main, check_fields)

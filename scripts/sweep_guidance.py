@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import eval as evaluation
 import utils
+from configs.common import check_fields
 from libs import launch
 from libs.files import file_digest, replacing
 from libs.metrics import PlannedImages, SampledImages, open_reference, score_sets
@@ -283,7 +284,6 @@ def sweep(
 
 
 def main(argv: list[str]) -> None:
-    launch.no_arguments(argv)
     values = flags.FLAGS
     if not values.nnet_path or not values.out:
         raise ValueError("set --nnet_path (weights) and --out (folder for the sweep)")
@@ -307,4 +307,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("steps", ["20", "50"], "Network evaluations per image.")
     flags.DEFINE_string("reference", None, "Reference .npz: score by ADM's suite; config.fid_stat unless given.")
     flags.DEFINE_string("digits", "workdir/quickstart/digits", "Real digits, to score digits by.")
-    launch.run(main)
+    launch.run(main, check_fields)

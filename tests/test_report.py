@@ -251,6 +251,7 @@ FULL_ON_ONE = """
 import os, sys
 sys.path.insert(0, ".")
 import train
+from configs.common import check_fields
 from libs import launch
 from libs.sample_set import SetWriter
 
@@ -261,7 +262,7 @@ if os.environ["RANK"] == "1":
     SetWriter.put = full
 launch.define_config_flag("")
 train.flags.DEFINE_string("workdir", None, "")
-launch.run(train.main)
+launch.run(train.main, check_fields)
 """
 
 

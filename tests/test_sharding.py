@@ -19,6 +19,7 @@ from forked import Forked
 from test_train import assert_same_checkpoint, losses
 
 import train as training
+from configs.common import check_fields
 from libs import checkpoint, launch, sharding
 from libs.optim import EMA, clip_or_skip, make_adamw
 
@@ -230,7 +231,7 @@ def full_disk():
     checkpoint.save_file = full_at_first
     launch.define_config_flag("")
     training.flags.DEFINE_string("workdir", None, "")
-    launch.run(training.main)
+    launch.run(training.main, check_fields)
 
 
 def pieces(folder):

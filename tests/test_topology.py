@@ -143,5 +143,5 @@ def test_a_lost_process_ends_the_others_with_one_line(config, tmp_path):
             rank.communicate()
     assert ranks[0].returncode == 1
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "another process of this run is gone; run the command again to go on" in said[0], errors
+    assert len(said) == 1 and "another process of this run is gone; re-run the command to resume" in said[0], errors
     assert "Traceback" not in errors

