@@ -73,17 +73,6 @@ def test_shards_hold_the_images_and_parts_make_the_set(tiny_config, weights, tmp
         evaluation.evaluate(tiny_config, str(weights), tmp_path / "a", indices="4:12")
 
 
-def test_killed_at_any_moment_and_by_any_number_the_set_is_the_same():
-    """The benchmark asserts it: 1 and 3 processes, 3 killed twice, two parts merged."""
-    done = run(
-        "benchmarks/sampling_faults.py",
-        *("--n_samples", 90, "--mini_batch_size", 4, "--kills", 2, "--processes", 1, 3, "--idle_samples", 0),
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4 and "killed 2 times" in done.stdout
-
-
 def test_guided_by_itself_is_unguided(tiny_config, weights, tmp_path):
     tiny_config.sample.update(scale=1.0, n_samples=5, output="npz")
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "none")

@@ -227,12 +227,17 @@ def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, m
         (["--config=BAD/empty.py"], "has no attribute 'get_config'"),
         (["--config=BAD/other.py"], "other.py is no config of this project: it lacks autoencoder.pretrained_path, "),
         (["--config=configs/digits.py", "--config.dataset.path=~/none"], f"No latents at {Path.home() / 'none'}"),
-        (["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"], "--config or an override of its fields: tuple indices must be"),
+        (
+            ["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"],
+            "--config or an override of its fields: tuple indices must be",
+        ),
         (["--config=configs/digits.py", "train"], "expected only flags of the form --name=value; found train"),
     ],
 )
 def test_errors_on_the_command_line_are_one_message(tmp_path, flags, message):
-    misspelt = "from configs.common import base\ndef get_config():\n    config = base(); config.train.grad_clipp = 1.0\n"
+    misspelt = (
+        "from configs.common import base\ndef get_config():\n    config = base(); config.train.grad_clipp = 1.0\n"
+    )
     (tmp_path / "misspelt.py").write_text(misspelt)
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "other.py").write_text("import ml_collections\ndef get_config(): return ml_collections.ConfigDict()\n")
