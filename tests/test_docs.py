@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ml_collections
 import pytest
 import torch
 import yaml
@@ -20,6 +19,7 @@ from torch import nn
 import utils
 from configs import common
 from libs import dimr, norms
+from scripts import draw_network
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,32 +27,12 @@ PROGRAMS = [*ROOT.glob("*.py"), *(ROOT / "libs").glob("*.py"), *(ROOT / "scripts
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 COMMAND = re.compile(r"(\w+=\S+ +)*(python3?|accelerate launch|torchrun|bash|eval\.py) ")
 
-# Every command of the documents runs in a test, or needs what no test has. A command is found by its program; where
-# the program runs in a test, the same command differs from it in paths and sizes only.
-RUN_BY_TESTS = {
-    "scripts/make_digits.py": "test_digits.py",
-    "scripts/make_pictures.py": "test_docs.py",
-    "scripts/extract_imagenet_feature.py": "test_docs.py, test_extract.py",
-    "scripts/inspect_latents.py": "test_docs.py, test_import.py",
-    "scripts/import_latents.py": "test_import.py",
-    "scripts/compute_fid_stats.py": "test_docs.py, test_fid_stats.py",
-    "scripts/evaluate_npz.py": "test_adm_suite.py",
-    "scripts/check_golden.py": "test_golden.py",
-    "scripts/describe_model.py": "test_cost.py",
-    "scripts/draw_network.py": "test_docs.py",
-    "scripts/make_config_reference.py": "test_docs.py",
-    "scripts/first_losses.sh": "test_docs.py",
-    "scripts/posthoc_ema.py": "test_train.py",
-    "scripts/convert_checkpoint.py": "test_convert.py, test_pipeline.py",
-    "scripts/sample.py": "test_sample.py",
-    "scripts/demo.py": "test_demo.py",
-    "train.py": "test_docs.py, test_train.py, test_topology.py, test_sharding.py",
-    "eval.py": "test_docs.py, test_eval.py, test_sample_set.py",
-    "img2npz.py": "test_docs.py, test_img2npz.py, test_sample_set.py",
-}
+# Every command of the documents runs in a test, in paths and sizes of its own, or needs what no test has.
+TESTS = "".join(path.read_text() for path in [*ROOT.glob("tests/*.py"), ROOT / "docs/new_data.md"])
 NOT_RUN = {
     "scripts/quickstart.sh": "installs and trains for minutes; it is the README's first command and is run by hand",
     "scripts/test.sh": "runs these tests",
+    "scripts/first_losses.sh": "is run by hand before and after a change",
     "benchmarks/cpu.sh": "takes 20 minutes and 24 GB",
     "benchmarks/faults.py": "takes half an hour; test_faults.py injects the same faults",
 }
@@ -77,10 +57,10 @@ def commands(text: str) -> list[str]:
 ALL_COMMANDS = sorted({command for path in DOCS for command in commands(path.read_text())})
 
 
-def program(command: str) -> str | None:
-    """The project's program that a command starts."""
+def program(command: str) -> str:
+    """The project's program that a command starts; "" if none."""
     found = re.search(r"[\w./]+\.(py|sh)\b", command)
-    return found[0] if found else None
+    return found[0] if found else ""
 
 
 def test_the_documents_have_commands():
@@ -88,15 +68,13 @@ def test_the_documents_have_commands():
 
 
 @pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if program(c)])
-def test_every_command_runs_in_a_test_or_cannot(command):
-    assert (ROOT / program(command)).is_file()
-    assert program(command) in RUN_BY_TESTS | NOT_RUN
-    name = rf"\b{Path(program(command)).stem}\b|training\.train|docs/new_data"
-    for test in RUN_BY_TESTS.get(program(command), "").split(", "):
-        assert not test or re.search(name, (ROOT / "tests" / test).read_text()), test
-    if not program(command).startswith(("scripts", "benchmarks")) and "new_data" not in command:
-        needs = [name for name, pattern in NEEDS.items() if re.search(pattern, command)]
+def test_every_command_runs_in_a_test_or_cannot_and_its_flags_exist(command):
+    name = program(command)
+    assert (ROOT / name).is_file() and (name in NOT_RUN or re.search(rf"\b{Path(name).stem}\b", TESTS))
+    if not name.startswith(("scripts", "benchmarks")) and "new_data" not in command:
+        needs = [need for need, pattern in NEEDS.items() if re.search(pattern, command)]
         assert needs or "..." in command or "part0" in command or command == "python3 img2npz.py", command
+    assert not unknown_flags(command), command
 
 
 def unknown_flags(command: str) -> list[str]:
@@ -106,29 +84,15 @@ def unknown_flags(command: str) -> list[str]:
     config = re.search(r"--config=(configs/[\w-]+\.py)", command)
     config = utils.load_config(ROOT / (config[1] if config and "NAME" not in config[1] else "configs/digits.py"))
     after = words[next(i for i, word in enumerate(words) if word.endswith(program(command))) + 1 :]
-    unknown = []
+    fields, unknown = {"config.FIELD", *common.fields(config, "config.")}, []
     for name in [word[2:].split("=")[0] for word in after if word.startswith("--")]:
         if name.startswith("config."):
-            known = "define_config_flag" in source and (name == "config.FIELD" or has_field(config, name))
+            known = "define_config_flag" in source and name in fields
         else:
-            forms = (f'"--{name}"', f'"--{name.removeprefix("no-")}"', f'"{name}"')
-            known = name == "config" or any(form in source for form in forms)
+            known = name == "config" or any(f'"{n}"' in source for n in (name, f"--{name}", f"--{name[3:]}"))
+            known |= f" --{name} " in source and program(command).endswith(".sh")
         unknown += [] if known else [name]
     return unknown
-
-
-def has_field(config: ml_collections.ConfigDict, name: str) -> bool:
-    """Does `name` (config.a.b) lead to a field?"""
-    for part in name.split(".")[1:]:
-        if part not in config:
-            return False
-        config = config[part]
-    return True
-
-
-@pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if program(c)])
-def test_every_flag_of_a_command_exists(command):
-    assert not unknown_flags(command), command
 
 
 def test_a_flag_of_another_program_is_found():
@@ -177,6 +141,7 @@ def shell(script: str, folder: Path, **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_guide_to_new_data_word_for_word(fresh_clone, inception_assets, tmp_path):
     """Its commands in their order, in a fresh clone, with its own small settings; Inception's weights are random."""
     (tmp_path / "hub").mkdir()
@@ -227,41 +192,7 @@ def test_every_message_of_the_troubleshooting_is_in_the_code():
         assert any(pattern.search(text) for text in texts), message
 
 
-# --- Reference, links, citation ---------------------------------------------------------------------------------------
-
-
-def test_the_configuration_reference_is_up_to_date():
-    """Made anew by the script, and naming every field that a config has."""
-    from scripts import make_config_reference
-
-    text = (ROOT / "docs/configuration.md").read_text()
-    assert text == make_config_reference.reference(), "run python scripts/make_config_reference.py"
-    fields = utils.load_config(ROOT / "configs/digits.py")
-    for name, value in fields.items():
-        for field in [f"{name}.{key}" for key in value] if hasattr(value, "keys") else [name]:
-            assert f"`{field}`" in text, field
-
-
-def longer_stage(
-    dim,
-    activation="gelu",
-    widths=(1, 2),
-):
-    return dict(
-        dim=dim,  # width
-        activation=activation,  # gelu or silu
-        widths=widths,  # of something, and something else
-    )
-
-
-def test_the_reference_reads_any_signature():
-    from scripts import make_config_reference
-
-    assert make_config_reference.stage_rows(longer_stage) == [
-        ("nnet.stages[i].dim", "", "width"),
-        ("nnet.stages[i].activation", '"gelu"', "gelu or silu"),
-        ("nnet.stages[i].widths", "(1, 2)", "of something, and something else"),
-    ]
+# --- Configs, links, citation -----------------------------------------------------------------------------------------
 
 
 def test_short_forms_of_a_branch_take_its_other_settings():
@@ -287,13 +218,10 @@ def test_citation():
     assert [author["family-names"] for author in paper["authors"]] == ["Liu", "Zeng", "He", "Yu", "Shen", "Chen"]
 
 
-def test_the_method_is_drawn_from_the_code(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "scripts/draw_network.py", "--config=configs/digit_pairs.py", f"--out={tmp_path / 'n.png'}"],
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0 and (tmp_path / "n.png").stat().st_size > 10_000
+def test_the_method_is_drawn_from_the_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", "--config=configs/digit_pairs.py", f"--out={tmp_path / 'n.png'}"])
+    draw_network.main()
+    assert (tmp_path / "n.png").stat().st_size > 10_000
 
 
 def test_the_table_of_the_method_is_the_configs():
@@ -340,26 +268,14 @@ def test_a_block_and_a_norm_are_added_as_contributing_says(monkeypatch):
     assert shapes == [(2, 4, 4, 8), (2, 4, 8, 16)]
 
 
-# --- Type hints -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_public_functions_have_type_hints(path):
-    """Of every argument and result; constructors' results aside."""
-    lacking = []
-    for scope in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(scope, ast.Module | ast.ClassDef) or scope.__dict__.get("name", "").startswith("_"):
-            continue
-        for function in scope.body:
-            if not isinstance(function, ast.FunctionDef) or function.name.startswith("_") != (
-                function.name in ("__init__", "__call__")
-            ):
-                continue
-            given = function.args
-            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-            lacking += [
-                f"{function.name}({a.arg})" for a in arguments if not a.annotation and a.arg not in ("self", "cls")
-            ]
-            if function.returns is None and function.name != "__init__":
-                lacking.append(f"{function.name} -> ?")
-    assert not lacking
+def test_arguments_of_public_functions_have_type_hints(path):
+    """Those of constructors and __call__ too; the linter's rule ANN201 sees to results."""
+    tree = ast.parse(path.read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    functions = [node for scope in (tree, *classes) for node in scope.body if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        if not function.name.startswith("_") or function.name in ("__init__", "__call__"):
+            given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+            lacking = [arg.arg for arg in given if not arg.annotation and arg.arg not in ("self", "cls")]
+            assert not lacking, function.name
