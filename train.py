@@ -276,7 +276,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     if main:
         describe_run(config, workdir, nnet, averages, accelerator, len(dataset), batches.steps_per_epoch)
     accelerator.init_trackers(
-        config.wandb.project if config.wandb.mode != "disabled" else "tensorboard",
+        os.environ.get("WANDB_PROJECT", "dimr") if config.wandb.mode != "disabled" else "tensorboard",
         init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": utils.config_json(config)}},
     )
     if config.sample.scale > 1 and config.dataset.n_classes and not config.dataset.p_uncond and weaker is None:

@@ -1,12 +1,14 @@
-"""Every setting there is, with its unit, legal values and source. Experiment files state only their differences.
+"""Declare every setting, with its unit, legal values and source. Experiment files state only their differences.
 
-Any field can be set on the command line: --config.train.batch_size=256, --config.nnet.stages[0].dim=768.
-Sizes that follow from others are derived where they are used (utils.py): patch sizes and position tables from z_shape
-and the number of stages, hidden widths from mlp_ratio, loss weights from the number of stages.
+Any field can be set on the command line: --config.train.batch_size=256, --config.nnet.stages[0].dim=768,
+--config.sample.interval="(0.5, 5.0)". Sizes that follow from others are no settings: patch sizes and position tables
+come from z_shape and the number of stages, hidden widths from mlp_ratio.
 """
 
 import ml_collections
 from ml_collections.config_dict import placeholder
+
+from libs import UserError
 
 
 def d(**kwargs):
@@ -34,25 +36,21 @@ def convnext(dim, depth, **settings):
 
 
 def fields(config, prefix=""):
-    """Names of all fields, as --config has them."""
+    """Yield the names of all fields, such as train.batch_size."""
     for name, value in config.items():
         inner = isinstance(value, ml_collections.ConfigDict)
         yield from fields(value, f"{prefix}{name}.") if inner else [prefix + name]
 
 
 def check_fields(config, name):
-    """Raises ValueError for what is no config of this project, or lacks fields of one."""
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise ValueError(f"get_config() of {name} must return what base() of configs/common.py gives; found {config!r}")
-    if missing := sorted(set(fields(base())) - set(fields(config))):
-        raise ValueError(
-            f"{name} is no config of this project: it lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}; "
-            "start from base() of configs/common.py"
-        )
+    """Raise a UserError unless a config has all the fields of base()."""
+    found = set(fields(config)) if isinstance(config, ml_collections.ConfigDict) else set()
+    if missing := sorted(set(fields(base())) - found):
+        raise UserError(f"{name} lacks {', '.join(missing[:3])}, ...: start from base() of configs/common.py")
 
 
 def base():
-    """The ImageNet 256x256 recipe of the paper, without a network."""
+    """Return the ImageNet 256x256 recipe of the paper, without a network."""
     config = ml_collections.ConfigDict()
 
     config.seed = 1234  # decides weights, data order, training noise and samples
@@ -132,9 +130,9 @@ def base():
         mini_batch_size=50,  # images sampled at a time by one process; the same images whatever the processes
         scale=1.4,  # guidance, 1: none (the released code writes this 0.4)
         scale_pow=placeholder(float),  # > 0: power-cosine schedule of the scale; None or 0: constant
-        # (low, high): guided only while low < sigma / alpha <= high, EDM's noise level, and only conditional outside
-        # (arXiv 2404.07724, whose values are for data of deviation 0.5; latents here have about 1). None: always.
-        interval=placeholder(tuple),
+        interval=placeholder(
+            tuple
+        ),  # (low, high): guided where low < sigma/alpha <= high (arXiv 2404.07724); None: all
         # Weights of a weaker network that guides in place of the unconditional half (arXiv 2406.02507); "": none
         autoguidance_path="",
         autoguidance_config="",  # its config file, where it differs from this one's; "": the same
@@ -144,7 +142,6 @@ def base():
     config.fid_stat = "assets/fid_stats/fid_stats_imagenet256_guided_diffusion.npz"  # mu, sigma; "" or absent: no FID
 
     config.wandb = d(
-        mode="disabled",  # disabled, offline or online; TensorBoard is always written
-        project="dimr",  # where Weights & Biases files the run
+        mode="disabled",  # disabled, offline or online (project dimr, or $WANDB_PROJECT); TensorBoard is always written
     )
     return config.lock()  # a misspelt field in an experiment file is an error

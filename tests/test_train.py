@@ -225,7 +225,7 @@ def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, m
         (["--config=configs/none.py"], "configs/none.py"),
         (["--config=BAD/misspelt.py"], 'Did you mean "grad_clip"'),
         (["--config=BAD/empty.py"], "has no attribute 'get_config'"),
-        (["--config=BAD/other.py"], "other.py is no config of this project: it lacks autoencoder.pretrained_path, "),
+        (["--config=BAD/other.py"], "other.py lacks autoencoder.pretrained_path, "),
         (["--config=configs/digits.py", "--config.dataset.path=~/none"], f"No latents at {Path.home() / 'none'}"),
         (
             ["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"],
