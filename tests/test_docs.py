@@ -45,12 +45,11 @@ NEEDS = {
 
 def commands(text: str) -> list[str]:
     """Every command in a document: of code blocks, fenced or indented, and of `code` in sentences and tables."""
-    lines = [line for block in FENCED.finditer(text) for line in block[2].replace("\\\n", " ").splitlines()]
+    text = text.replace("\\\n", " ")
     rest = FENCED.sub("", text)
-    for block in re.finditer(r"(?:^    .*\n)+", rest, re.M):
-        lines += block[0].replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`([^`\n]+)`", rest)
-    lines = [re.sub(r"\s+#.*", "", " ".join(line.split())) for line in lines]
+    blocks = [block[2] for block in FENCED.finditer(text)]
+    blocks += re.findall(r"(?:^    .*\n)+", rest, re.M) + re.findall(r"`([^`\n]+)`", rest)
+    lines = [re.sub(r"\s+#.*", "", " ".join(line.split())) for block in blocks for line in block.splitlines()]
     return [line for line in lines if COMMAND.match(line)]
 
 
@@ -116,41 +115,30 @@ def test_quickstart_says_how_to_go_on(tmp_path):
     assert "activate" not in shell("PATH=.venv/bin:$PATH; bash scripts/quickstart.sh", tmp_path, VIRTUAL_ENV="own")
 
 
-@pytest.fixture(scope="module")
-def fresh_clone(tmp_path_factory) -> Path:
-    """The project's files alone, as a clone has them."""
-    folder = tmp_path_factory.mktemp("clone") / "DiMR"
-    unwanted = shutil.ignore_patterns(".git", ".venv", "workdir", "wandb", "saved_images*", "__pycache__", "datasets")
-    shutil.copytree(ROOT, folder, ignore=unwanted)
-    return folder
-
-
 def shell(script: str, folder: Path, **env: str) -> str:
-    """Run a script in a folder by bash, stopping at the first error; returns what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **env},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    """Run a script in a folder by bash, stopping at the first error; return what it printed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env}
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
-def test_the_guide_to_new_data_word_for_word(fresh_clone, inception_assets, tmp_path):
+def test_the_guide_to_new_data_word_for_word(inception_assets, tmp_path):
     """Its commands in their order, in a fresh clone, with its own small settings; Inception's weights are random."""
+    clone, unwanted = (
+        tmp_path / "DiMR",
+        (".git", ".venv", "workdir", "wandb", "saved_images*", "__pycache__", "datasets"),
+    )
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*unwanted))
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "checkpoints").symlink_to(inception_assets / "inception")
     blocks = [block[2] for block in FENCED.finditer((ROOT / "docs/new_data.md").read_text()) if block[1] == "bash"]
     assert len(blocks) == 7
-    shell("\n".join(blocks), fresh_clone, TORCH_HOME=str(tmp_path))
+    shell("\n".join(blocks), clone, TORCH_HOME=str(tmp_path))
 
-    made = fresh_clone / "workdir" / "new_data"
+    made = clone / "workdir" / "new_data"
     assert Image.open(made / "pairs_images" / "3.png").size == (64, 32)
     assert Image.open(made / "crops_images" / "3.png").size == (64, 64)
     assert Image.open(made / "pairs_run" / "samples" / "2.png").size == (64 + 4, 10 * (32 + 2) + 2)
@@ -162,9 +150,9 @@ def test_the_guide_to_new_data_word_for_word(fresh_clone, inception_assets, tmp_
 
 @pytest.mark.parametrize("name", ["digit_pairs", "photo_crops", *(p.stem for p in (ROOT / "configs").glob("DiMR*.py"))])
 def test_a_config_is_short(name):
-    text = (ROOT / "configs" / f"{name}.py").read_text().splitlines()
-    assert len(text) < 25
-    utils.build_network_on_meta(utils.load_config(ROOT / "configs" / f"{name}.py"))
+    path = ROOT / "configs" / f"{name}.py"
+    assert len(path.read_text().splitlines()) < 25
+    utils.build_network_on_meta(utils.load_config(path))
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------
@@ -187,9 +175,8 @@ def test_every_message_of_the_troubleshooting_is_in_the_code():
     assert len(messages) > 30
     texts = texts_in_code()
     for message in messages:
-        parts = [re.escape(part.strip()) for part in re.split("…", message) if part.strip()]
-        pattern = re.compile(".*?".join(parts), re.S)
-        assert any(pattern.search(text) for text in texts), message
+        pattern = re.compile(".*?".join(re.escape(part.strip()) for part in message.split("…") if part.strip()), re.S)
+        assert any(map(pattern.search, texts)), message
 
 
 # --- Configs, links, citation -----------------------------------------------------------------------------------------
@@ -197,11 +184,8 @@ def test_every_message_of_the_troubleshooting_is_in_the_code():
 
 def test_short_forms_of_a_branch_take_its_other_settings():
     assert common.transformer(96, 5, num_heads=4, mlp_ratio=3.0).mlp_ratio == 3.0
-    assert common.convnext(24, 3, mlp_ratio=3.0, kernel_size=5).to_dict() == {
-        **common.stage("ConvNeXtBlock", 24, 3).to_dict(),
-        "mlp_ratio": 3.0,
-        "kernel_size": 5,
-    }
+    own = common.stage("ConvNeXtBlock", 24, 3, kernel_size=5, mlp_ratio=3.0)
+    assert common.convnext(24, 3, mlp_ratio=3.0, kernel_size=5) == own
 
 
 def test_links_lead_somewhere():
