@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import utils
 from configs.common import check_fields
-from libs import cost, launch
+from libs import UserError, cost, launch
 
 # (recompute, recompute_keeps_products) and how the table calls it
 RECOMPUTATIONS = {
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     for name in ("memory_gb", "tflops", "gpus"):
         if not 0 < values[name].value < math.inf:
-            raise ValueError(f"--{name} must be above 0; found {values[name].value:g}")
+            raise UserError(f"--{name} must be above 0; found {values[name].value:g}")
     utils.check_training(values.config)
     utils.check_sampling(values.config)
     # PyTorch asks how recomputation should treat hooks on kept tensors, of which libs/cost.py's only count.
