@@ -66,6 +66,7 @@ def test_the_third_published_model_is_the_first_made_wider():
     assert (first.z_shape, first.nnet.norm_type) == (third.z_shape, third.nnet.norm_type)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_published_models_are_one_graph_forward_and_backward(graphs, name, dtype):
@@ -91,6 +92,7 @@ def test_published_models_are_one_graph_forward_and_backward(graphs, name, dtype
     assert [kind for kind, _ in graphs] == ["forward", "backward"]
 
 
+@pytest.mark.slow
 def test_blocks_of_three_branches_are_compiled_for_all_that_a_run_needs(graphs):
     """They share their code: three branches in three ways are more than PyTorch's 8 translations of one function."""
     config = narrow("DiMR-XL-3R_imagenet512")
@@ -110,6 +112,7 @@ def test_blocks_of_three_branches_are_compiled_for_all_that_a_run_needs(graphs):
     assert run() == run()
 
 
+@pytest.mark.slow
 def test_blocks_stay_whole_among_several_processes(graphs):
     """PyTorch would cut what is compiled inside of its DistributedDataParallel at every bucket of gradients."""
     config = narrow("DiMR-XL-2R_imagenet256")
@@ -130,6 +133,7 @@ def test_blocks_stay_whole_among_several_processes(graphs):
     assert counts[0] == counts[1] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("interval", "n_graphs"), [(None, 1), ((0.1, 2.0), 2)])
 def test_a_set_is_sampled_without_compiling_again(tiny_config, tmp_path, graphs, interval, n_graphs):
     """The last batch is smaller; with an interval the network also runs on the conditional half alone."""
@@ -141,6 +145,7 @@ def test_a_set_is_sampled_without_compiling_again(tiny_config, tmp_path, graphs,
     assert len(list((tmp_path / "compiled").glob("*.png"))) == 12
 
 
+@pytest.mark.slow
 def test_recorded_graphs_give_outputs_of_their_own(graphs):
     """With `graphs` a call must not change what an earlier one gave."""
     config = narrow(MODELS[0])
@@ -184,6 +189,7 @@ def test_heads_made_wider_give_the_same_numbers(monkeypatch, heads):
     torch.testing.assert_close(*(torch.autograd.grad(y, leaves, along) for y in (found, expected)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="counts what the compiler of PyTorch 2.14 makes of it")
 def test_features_are_not_copied_to_another_layout_on_a_gpu():
     """In the compiler's list of kernels for a GPU no pass around a depthwise convolution moves an array and no more."""
