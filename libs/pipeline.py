@@ -223,7 +223,7 @@ class DiMRPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         check_scheduler(scheduler, self.config.schedule)
         scheduler.set_timesteps(steps, device=x.device)
-        times = ((scheduler.timesteps.double() + 1) / scheduler.config.num_train_timesteps).tolist()
+        times = ((scheduler.timesteps.cpu().double() + 1) / scheduler.config.num_train_timesteps).tolist()
         if times[0] < times[-1]:
             raise UserError(f"{type(scheduler).__name__} goes from images to noise: take another scheduler")
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
