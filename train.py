@@ -60,10 +60,8 @@ def resolution_losses(
     null_label: int,
 ) -> Tensor:
     """Squared error of the noise predictions per resolution and image: x0 (B, C, H, W), labels (B,) -> (R, B)."""
-    t = schedule.times(draws.uniform_time)
-    xt = schedule.add_noise(x0, draws.eps, t)
     labels = torch.where(draws.uniform_drop < p_uncond, null_label, labels)
-    return sde.resolution_losses(nnet(xt, schedule.network_time(t), labels), draws.eps)
+    return sde.training_losses(nnet, schedule, x0, draws.eps, schedule.times(draws.uniform_time), labels)
 
 
 def make_averages(nnet: nn.Module, config: ml_collections.ConfigDict) -> dict[str, EMA]:
@@ -316,7 +314,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
                 x0 = to_network_input(records, own, scaling_factor)
                 by_resolution = resolution_losses(wrapped, schedule, x0, labels, own, p_uncond, null_label)
-                loss = loss_weights @ by_resolution  # (B,)
+                loss = sde.weighted_sum(by_resolution, loss_weights)  # (B,)
                 accelerator.backward(loss.mean() / settings.accumulation)
             losses.add(by_resolution.detach(), loss.detach(), own.uniform_time)
             timer.mark("forward_backward")

@@ -104,7 +104,7 @@ def bare_turn(config):
     times = [time.perf_counter()]
     for step, (xt, t, labels, eps) in enumerate(inputs, start=1):
         optimizer.zero_grad()
-        (weights @ sde.resolution_losses(nnet(xt, t, labels), eps)).mean().backward()
+        sde.multi_resolution_loss(nnet(xt, t, labels), eps, weights).mean().backward()
         optimizer.step()
         if step % WINDOW == 0:
             times.append(time.perf_counter())

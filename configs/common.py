@@ -121,12 +121,12 @@ def base():
     config.resume_changes = ()  # settings (such as "optimizer.lr") that may differ from the checkpoint's when resuming
 
     config.sample = d(
-        # a name in SOLVERS of libs/solvers.py, such as dpm_solver (fast singlestep; released); with a continuous
-        # schedule also euler_maruyama_sde, euler_maruyama_ode
+        # dpm_solver (DPM-Solver++ singlestep of order 3; released), dpm_solver_1, dpm_solver_2 (lower orders),
+        # dpm_solver_2m, dpm_solver_3m (multistep), ddim, ddpm, heun; with a continuous schedule also
+        # euler_maruyama_sde, euler_maruyama_ode (SOLVERS in libs/solvers.py)
         algorithm="dpm_solver",
-        order=3,  # of dpm_solver: 1, 2 or 3
-        sample_steps=250,  # network evaluations per image when evaluating
-        grid_steps=50,  # network evaluations for the grids while training
+        sample_steps=250,  # NFE per image when evaluating
+        grid_steps=50,  # NFE per image of the grids while training
         n_samples=50_000,  # images of an evaluation; labels are balanced: i * n_classes // n_samples
         compile="auto",  # as config.train.compile, when evaluating
         mini_batch_size=50,  # images sampled at a time by one process; the same images whatever the processes
@@ -135,7 +135,7 @@ def base():
         # (low, high): guided only while low < sigma / alpha <= high, EDM's noise level, and only conditional outside
         # (arXiv 2404.07724, whose values are for data of deviation 0.5; latents here have about 1). None: always.
         interval=placeholder(tuple),
-        # Weights of a weaker network that guides in place of the unconditional half (arXiv 2406.02507); "": none
+        # Weights of a guiding network, which replaces the unconditional half (arXiv 2406.02507); "": none
         autoguidance_path="",
         autoguidance_config="",  # its config file, where it differs from this one's; "": the same
         output="png",  # what eval.py writes: png (<index>.png), npz (a shard per batch) or both

@@ -166,10 +166,6 @@ def test_the_trajectory_ends_in_the_sample_and_shows_guided_branches(model):
         )[0]
     )
     assert np.array_equal(samples, direct)
-    eps = torch.tensor([1.0, 2.0, 5.0, 7.0]).view(4, 1, 1, 1)  # two conditional, two not
-    config.sample.scale_pow = None
-    assert model.guide(eps, 2, 0.5, config.sample).flatten().tolist() == [1 * 2.5 - 5 * 1.5, 2 * 2.5 - 7 * 1.5]
-    assert model.guide(eps, 4, 0.5, config.sample) is eps
 
 
 def test_errors_are_one_line_and_write_nothing(weights, tmp_path, monkeypatch):
