@@ -29,11 +29,11 @@ import eval as evaluation
 import sde
 import utils
 from libs import checkpoint, launch, logger, pictures, sharding
-from libs.autoencoder import Autoencoder, sample_latents
+from libs.autoencoder import Autoencoder
 from libs.compilation import choose_compile, compile_network
 from libs.data import StepBatches, make_loader, own_rows
-from libs.files import naming_the_way_out
-from libs.images import ImageDataset
+from libs.files import advise_on_write_error
+from libs.images import ImageDataset, uint8_to_float
 from libs.latents import LatentStore
 from libs.launch import REQUEUE_STATUS, StopRequest, failing_together
 from libs.metrics import PlannedImages, Reference
@@ -43,11 +43,11 @@ from libs.randomness import StepDraws, step_draws
 REQUEUE_FILE = "requeue"
 
 
-def to_network_input(records: Tensor, draws: StepDraws, scaling_factor: float | None) -> Tensor:
+def to_network_input(records: Tensor, draws: StepDraws, autoencoder: Autoencoder | None) -> Tensor:
     """What the network denoises, (B, C, H, W) float32: a fresh latent from stored moments, or pixels in [-1, 1]."""
-    if scaling_factor is None:
-        return records.float() / 127.5 - 1
-    return sample_latents(records, draws.latent_noise, scaling_factor)
+    if autoencoder is None:
+        return uint8_to_float(records)
+    return autoencoder.sample_latents(records, draws.latent_noise)
 
 
 def resolution_losses(
@@ -225,7 +225,6 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     weaker, _ = utils.open_weaker_network(config, device)
     autoencoder = utils.open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
-    scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
     identity = run_settings(config, accelerator, dataset)
     class_names = dataset.class_names if config.dataset.n_classes else []
     logger.check_same_everywhere(identity)
@@ -263,7 +262,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     wrapped = accelerator.prepare_model(nnet, device_placement=False, evaluation_mode=settings.sharded)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
     lock = None
-    with failing_together(accelerator), naming_the_way_out(workdir, "set --workdir"):
+    with failing_together(accelerator), advise_on_write_error(workdir, "set --workdir"):
         if main:
             workdir.mkdir(parents=True, exist_ok=True)
             lock = logger.become_only_writer(workdir)
@@ -312,7 +311,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             own = draws.rows(rows[part])
             last = part == settings.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                x0 = to_network_input(records, own, scaling_factor)
+                x0 = to_network_input(records, own, autoencoder)
                 by_resolution = resolution_losses(wrapped, schedule, x0, labels, own, p_uncond, null_label)
                 loss = sde.weighted_sum(by_resolution, loss_weights)  # (B,)
                 accelerator.backward(loss.mean() / settings.accumulation)

@@ -40,7 +40,7 @@ from libs import launch
 from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label
 from libs.compilation import compile_network, round_weights
-from libs.files import naming_the_way_out, replacing
+from libs.files import advise_on_write_error, replacing
 from libs.launch import errors_in_one_line
 from libs.pictures import check_finite, finite, to_uint8
 from libs.randomness import SampleNoise
@@ -222,7 +222,7 @@ def broken(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 def save(draw: Callable[[], Image.Image], path: Path) -> None:
     """Draw a picture into a file. Raises OSError, before it is drawn, where the file cannot be written."""
-    with naming_the_way_out(path, "set --grid"):
+    with advise_on_write_error(path, "set --grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise ValueError(f"--grid should be the picture to write; {path} is a folder")
