@@ -19,7 +19,7 @@ from safetensors import safe_open
 from libs import UserError
 from libs.files import read_npy_header
 
-MAX_PICKLE_BYTES = 1 << 23  # 64 times the moments of a 512-pixel image; bounds what unpickling can take
+MAX_PICKLE_BYTES = 1 << 22  # 32 times the moments of a 512-pixel image; bounds what unpickling can take
 
 
 class UViTFolder:
@@ -32,16 +32,18 @@ class UViTFolder:
     flips, scaled = False, False
 
     def __init__(self, folder: str | Path):
-        self.files = _numbered_files(Path(folder))
+        self.folder = Path(folder)
+        self.n = _count_numbered(self.folder)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return self.n
 
     def labels(self, first: int, last: int) -> np.ndarray:
-        return np.array([read_pair(file)[1] for file in self.files[first:last]], dtype=np.int64)
+        return np.array([read_pair(self.folder / f"{i}.npy")[1] for i in range(first, last)])
 
     def read(self, first: int, last: int) -> np.ndarray:
-        return _stack([read_pair(file)[0] for file in self.files[first:last]], self.files[first:last])
+        files = [self.folder / f"{i}.npy" for i in range(first, last)]
+        return _stack([read_pair(file)[0] for file in files], files)
 
 
 class FastDiTFolder:
@@ -56,19 +58,20 @@ class FastDiTFolder:
         found = [sorted(Path(folder).glob(f"*_{kind}/")) for kind in ("features", "labels")]
         if [len(folders) for folders in found] != [1, 1]:
             raise UserError(f"{folder} should hold one folder *_features and one *_labels, as fast-DiT writes them")
-        self.features, self.label_files = (_numbered_files(folders[0]) for folders in found)
-        if len(self.features) != len(self.label_files):
-            raise UserError(f"{folder} holds {len(self.features)} features but {len(self.label_files)} labels")
+        (self.features,), (self.label_folder,) = found
+        self.n, n_labels = _count_numbered(self.features), _count_numbered(self.label_folder)
+        if self.n != n_labels:
+            raise UserError(f"{folder} holds {self.n} features but {n_labels} labels: copy them again")
 
     def __len__(self) -> int:
-        return len(self.features)
+        return self.n
 
     def labels(self, first: int, last: int) -> np.ndarray:
-        files = self.label_files[first:last]
-        return np.array([_as_label(read_plain_npy(file), file) for file in files], dtype=np.int64)
+        files = [self.label_folder / f"{i}.npy" for i in range(first, last)]
+        return np.array([_as_label(read_plain_npy(file), file) for file in files])
 
     def read(self, first: int, last: int) -> np.ndarray:
-        files = self.features[first:last]
+        files = [self.features / f"{i}.npy" for i in range(first, last)]
         return _stack([array[0] if array.shape[:1] == (1,) else array for array in map(read_plain_npy, files)], files)
 
 
@@ -82,9 +85,10 @@ class LightningDiTFolder:
 
     def __init__(self, folder: str | Path):
         self.files = sorted(Path(folder).glob("*.safetensors"))
-        self.starts = np.cumsum([0] + [self._count(file) for file in self.files]).tolist()
-        if not len(self):
-            raise UserError(f"{folder} holds no images in .safetensors files: expected LightningDiT's shards")
+        shapes = [self._shape(file) for file in self.files]
+        self.starts = np.cumsum([0] + [shape[0] for shape in shapes]).tolist()
+        if not len(self) or len({tuple(shape[1:]) for shape in shapes}) != 1:
+            raise UserError(f"{folder} should hold LightningDiT's .safetensors shards, found latents {shapes[:3]}")
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -96,12 +100,12 @@ class LightningDiTFolder:
         plain, mirrored = (self._slices(name, first, last) for name in ("latents", "latents_flip"))
         return np.stack([plain, mirrored], axis=1).reshape(-1, *plain.shape[1:])
 
-    def _count(self, file):
+    def _shape(self, file):
         with _opened(file) as shard:
             shapes = [shard.get_slice(name).get_shape() for name in ("latents", "latents_flip", "labels")]
             if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[2] != shapes[0][:1]:
                 raise ValueError(f"latents, latents_flip and labels of shapes {shapes}")
-        return shapes[0][0]
+        return shapes[0]
 
     def _slices(self, name, first, last):
         """Return images first..last - 1 of tensor `name`, which may lie in several files, as float32 or integers."""
@@ -136,8 +140,8 @@ def read_pair(file: str | Path) -> tuple[np.ndarray, int]:
         if isinstance(pair, _Array):  # of two objects
             pair = pair.data
         moments, label = (item.value() if isinstance(item, _StandIn) else item for item in pair)
-        if not isinstance(moments, np.ndarray):
-            raise TypeError(f"moments of type {type(moments).__name__}")
+        if not (isinstance(moments, np.ndarray) and isinstance(label, int | np.ndarray | np.generic)):
+            raise TypeError(f"found {type(moments).__name__} and {type(label).__name__}")
     except Exception as error:  # the opcodes of a damaged pickle fail in any way their operands can
         raise UserError(f"{file} is not a pair of numpy moments and label: {str(error)[:200]}") from error
     return moments, _as_label(label, file)
@@ -208,18 +212,15 @@ class _Bytes(bytes, _StandIn):
         return super().__new__(cls, text, "latin1")
 
 
-class _ArrayUnpickler(pickle._Unpickler):
-    """Python's unpickler in Python: the one in C can be made to take any amount of memory by one opcode.
+# They allocate what an operand says, or hash: of nested tuples that takes exponential time.
+UNSAFE = (pickle.BYTEARRAY8, pickle.DICT, pickle.SETITEM, pickle.SETITEMS, pickle.FROZENSET, pickle.ADDITEMS)
 
-    Left out are the opcodes that allocate what an operand says, and those that hash: of nested tuples that takes
-    exponential time.
-    """
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Python's unpickler in Python: the one in C can be made to take any amount of memory by one opcode."""
 
     dispatch = {  # noqa: RUF012 (as in the base class)
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if bytes([code])
-        not in (pickle.BYTEARRAY8, pickle.DICT, pickle.SETITEM, pickle.SETITEMS, pickle.FROZENSET, pickle.ADDITEMS)
+        code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in UNSAFE
     }
     admitted = {  # noqa: RUF012 (a constant)
         "numpy.ndarray": _Array,
@@ -242,13 +243,13 @@ def _as_label(value, file):
     return int(array.reshape(()))
 
 
-def _numbered_files(folder):
-    """Return 0.npy to (n - 1).npy of the folder. Raises UserError if there are none, or one is missing."""
+def _count_numbered(folder):
+    """Return n, if the folder holds 0.npy to (n - 1).npy. Raises UserError naming what is missing."""
     numbers = {int(path.stem) for path in folder.glob("*.npy") if re.fullmatch(r"\d+", path.stem)}
-    missing = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
+    missing = [i for i in range(max(len(numbers), 1)) if i not in numbers]
     if missing:
         raise UserError(f"{folder} should hold 0.npy, 1.npy, ... without gaps: {missing[0]}.npy is missing")
-    return [folder / f"{i}.npy" for i in range(len(numbers))]
+    return len(numbers)
 
 
 def _stack(arrays, files):
