@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import train
+from libs import UserError
 from libs.autoencoder import load_autoencoder
-from libs.images import centre_crop
+from libs.images import center_crop
 from libs.latents import LatentStore
 from scripts import extract_imagenet_feature
 
@@ -64,7 +65,7 @@ def test_store_holds_the_moments_of_crops_and_their_mirror_images(images, tmp_pa
     loaded = load_autoencoder(autoencoder)
     store.check_against(autoencoder=loaded.identity)
     for i, file in enumerate(sorted(images.glob("*/*.png"))):
-        crop = torch.from_numpy(centre_crop(Image.open(file), 16).copy()).permute(2, 0, 1)[None]
+        crop = torch.from_numpy(center_crop(Image.open(file), 16).copy()).permute(2, 0, 1)[None]
         views = torch.cat([crop, crop.flip(-1)]).float() / 255 * 2 - 1
         records, labels = store.read([2 * i, 2 * i + 1])
         torch.testing.assert_close(torch.from_numpy(records), loaded.encode_moments(views), atol=1e-4, rtol=1e-4)
@@ -134,7 +135,7 @@ def test_unreadable_images_are_listed_and_skipped_only_when_told(images, tmp_pat
         run(images, tmp_path / "out", autoencoder)
     printed = capsys.readouterr().out
     assert "2 images cannot be read:" in printed and "bees/03.png" in printed and "cats/09.png" in printed
-    with pytest.raises(FileNotFoundError, match="unfinished"):
+    with pytest.raises(UserError, match="unfinished"):
         LatentStore.open(tmp_path / "out")
 
     run(images, tmp_path / "out", autoencoder, "--skip_unreadable")

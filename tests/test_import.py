@@ -278,7 +278,7 @@ def test_damaged_npy_files(tmp_path):
         save_uvit(file, features(8)[0], LABELS[3], form)
         originals.append(file.read_bytes())
     refused = 0
-    for k in range(3000):
+    for k in range(1200):
         original = originals[k % 3]
         # the values take most of the file, the header and the opcodes are what can do harm
         file.write_bytes(damage(original[:420], rng) + original[420:] if k % 2 else damage(original, rng))
@@ -288,11 +288,11 @@ def test_damaged_npy_files(tmp_path):
         except UserError as error:
             assert str(file) in str(error)
             refused += 1
-    assert 1500 < refused < 3000
+    assert 600 < refused < 1200
 
     np.save(file, features(4)[0])
     original = file.read_bytes()
-    for _ in range(1000):
+    for _ in range(300):
         file.write_bytes(damage(original[:130], rng) + original[130:])
         try:
             assert read_plain_npy(file).dtype.kind in "fiu"
