@@ -53,8 +53,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def image_size(text: str) -> Size:
     """Parse a size from the command line: "256", or "256x384" for height x width. argparse reports the TypeError."""
-    height, width = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text).groups()
-    height, width = int(height), int(width or height)
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    height, width = int(match[1]), int(match[2] or match[1])
     return height if height == width else (height, width)
 
 

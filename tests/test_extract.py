@@ -176,6 +176,7 @@ def test_a_disk_too_small_is_noticed_before_encoding(images, tmp_path, autoencod
         run(images, tmp_path / "out", autoencoder)
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_stops_cleanly_and_is_resumed(images, tmp_path, autoencoder):
     """The disk really refuses a write (a limit on the size of files stands in for a full one)."""
     command = [sys.executable, str(SCRIPT), *arguments(images, tmp_path / "out", autoencoder)]
@@ -207,6 +208,7 @@ def start_two_processes(*args):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_give_the_same_bytes(images, tmp_path, autoencoder):
     small_shards = ("--shard_size", "1", "--workers", "1")
     run(images, tmp_path / "one", autoencoder, *small_shards)

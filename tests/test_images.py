@@ -1,3 +1,4 @@
+import argparse
 import io
 import os
 import pickle
@@ -64,11 +65,14 @@ def test_crop_of_any_proportions():
     assert center_crop(Image.fromarray(pixels), (32, 96)).shape == (32, 96, 3)
 
 
-def test_sizes_on_the_command_line():
+def test_sizes_on_the_command_line(capsys):
     assert [image_size(text) for text in ("256", "32x64", "64x64")] == [256, (32, 64), 64]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=image_size)
     for text in ("0", "32x", "-1", "32x0", "a"):
-        with pytest.raises((TypeError, AttributeError)):
-            image_size(text)
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--size={text}"])
+    assert f"invalid image_size value: '{text}'" in capsys.readouterr().err
 
 
 def test_grey_and_bilevel():

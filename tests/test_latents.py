@@ -387,7 +387,7 @@ def test_an_index_that_contradicts_itself_is_refused(tmp_path, change):
 def test_check_against_names_both_sides(tmp_path):
     write_store(tmp_path / "store")
     store = LatentStore.open(tmp_path / "store")
-    store.check_against(IDENTITY, record_shape=SHAPE, n_classes=3)
+    store.check_against(autoencoder=IDENTITY, record_shape=SHAPE, n_classes=3)
     store.check_against()
     with pytest.raises(UserError, match=r"autoencoder of the store is .*abab.*, of the config .*cdcd"):
         store.check_against(autoencoder={"sha256": "cd" * 32, "scaling_factor": 0.18215})
