@@ -131,7 +131,7 @@ class LatentStore:
         for name, value in wanted.items():
             if value is not None and value != getattr(self, name):
                 raise UserError(
-                    f"the latents in {self.path} do not fit the config: {name} of the store is {getattr(self, name)}, "
+                    f"The latents in {self.path} do not fit the config: {name} of the store is {getattr(self, name)}, "
                     f"of the config {value}. Change the config, or extract again"
                 )
 
@@ -319,9 +319,9 @@ def read_index(path: str | Path) -> dict:
     """Read index.json of the store at `path` and check that it is whole and consistent, as reading relies on it."""
     file = Path(path) / "index.json"
     if (file.parent / "unfinished.json").is_file() and not file.is_file():
-        raise UserError(f"the latents in {path} are unfinished: run the same extraction again to complete them")
+        raise UserError(f"The latents in {path} are unfinished: run the same extraction again to complete them")
     if not file.is_file():
-        raise UserError(f"no latents at {path} (no index.json): make them with scripts/extract_imagenet_feature.py")
+        raise UserError(f"No latents at {path} (no index.json): make them with scripts/extract_imagenet_feature.py")
     index = _read_json(file)
     found = index.get("format"), index.get("version")
     if found != (FORMAT, VERSION):

@@ -97,7 +97,7 @@ def test_the_autoencoder_is_found_from_any_folder(tiny_config, tiny_autoencoder,
     config = load_config("digits")
     assert utils.open_autoencoder(config, torch.device("cpu")).latent_channels == 4
     (tmp_path / "assets" / "digits_autoencoder").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"^assets/digits_autoencoder is not a diffusers autoencoder"):
+    with pytest.raises(ValueError, match=r"^assets/digits_autoencoder is not a whole AutoencoderKL"):
         utils.open_autoencoder(config, torch.device("cpu"))
 
     converting.convert(str(weights), tmp_path / "pipeline")
@@ -107,7 +107,7 @@ def test_the_autoencoder_is_found_from_any_folder(tiny_config, tiny_autoencoder,
 
     tiny_config.autoencoder.pretrained_path = "assets/none.pth"
     save_weights(tiny_config, tmp_path / "without.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"No autoencoder at assets/none\.pth"):
+    with pytest.raises(ValueError, match=r"No autoencoder at assets/none\.pth"):
         sample.Model(str(tmp_path / "without.safetensors"), None)
     assert sample.Model(str(tmp_path / "without.safetensors"), None, str(tiny_autoencoder)).autoencoder
 
