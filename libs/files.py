@@ -85,9 +85,9 @@ def advise_on_write_error(path: str | Path, advice: str = "set --out") -> Iterat
     """Turn the first OSError of the block into a WriteError that names `path`, the reason and `advice`."""
     try:
         yield
-    except WriteError:
-        raise
     except OSError as error:
+        if isinstance(error, WriteError):
+            raise
         reason = error.strerror or error
         raise WriteError(f"Cannot write {path}: {reason}. Free space or permissions there, or {advice}") from error
 
@@ -135,11 +135,10 @@ def read_npy_header(file: BinaryIO, name: str | Path) -> tuple[tuple[int, ...], 
     Raises UserError naming `name` for anything else. Runs no code, whatever the file holds.
     """
     try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("not version 1.0 of the .npy format")
+        version = np.lib.format.read_magic(file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        if fortran_order or min(shape, default=0) < 0:
-            raise ValueError("not a plain array in C order")
+        if version != (1, 0) or fortran_order or min(shape, default=0) < 0:
+            raise ValueError("not version 1.0, or not a plain array in C order")
     except Exception as error:  # numpy lets through whatever Python's parser raises on a damaged header
         raise UserError(f"{name} is not a readable .npy file: {error or type(error).__name__}") from error
     return shape, dtype

@@ -119,7 +119,7 @@ class LatentStore:
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the index. Raises UserError naming all that differ."""
         entries = [*self.meta["shards"], self.meta["labels"]]
-        altered = [entry["file"] for entry in entries if file_digest(self.path / entry["file"]) != entry["sha256"]]
+        altered = [entry["file"] for entry in entries if file_digest(self.path / entry["file"]) != entry.get("sha256")]
         if altered:
             raise UserError(
                 f"{self.path}: the contents of {_shorten(', '.join(altered))} are not what index.json states. Copy "
@@ -285,9 +285,8 @@ class StoreWriter:
             found = {shard["file"]: shard for shard in read_index(self.path)["shards"]}
         for file in self.path.glob("latents-*.json"):
             entry = _read_json(file)
-            if not _is_shard(entry):
-                raise UserError(f"{file} is damaged: delete it, then run it again")
-            found[entry["file"]] = entry
+            if _is_shard(entry):
+                found[entry["file"]] = entry
         whole = {name: entry for name, entry in found.items() if _size(self.path / name) == entry["bytes"]}
         return {n: whole[_shard_name(n)] for n in range(self.n_shards) if _shard_name(n) in whole}
 

@@ -302,7 +302,7 @@ def test_damaged_npy_files(tmp_path):
 
 def test_a_plain_npy_is_no_pair_and_a_pickled_one_no_plain_array(tmp_path):
     np.save(tmp_path / "0.npy", features(8)[0])
-    with pytest.raises(UserError, match=r"0\.npy holds float32 numbers .* expected a pair"):
+    with pytest.raises(UserError, match=r"0\.npy is not a pair"):
         read_pair(tmp_path / "0.npy")
     save_uvit(tmp_path / "1.npy", features(8)[0], 0)
     with pytest.raises(UserError, match=r"1\.npy is not a whole \.npy file of numbers: found object"):
