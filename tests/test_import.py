@@ -212,7 +212,7 @@ def test_pickles_that_would_run_code_are_refused_and_not_run(tmp_path, protocol)
             with pytest.raises(UserError, match=r"0\.npy is not a (pair|readable)"):
                 read_pair(file)
             np.save(file, as_objects(*pair), allow_pickle=True)
-            with pytest.raises(UserError, match=r"0\.npy is not a pair .*: it holds a reference to "):
+            with pytest.raises(UserError, match=r"0\.npy is not a pair .*it holds a reference to "):
                 read_pair(file)
     assert not marker.exists()
 
@@ -247,7 +247,7 @@ def test_a_pair_that_holds_itself_is_refused(tmp_path):
     itself = as_objects(None, 1)
     itself[0] = itself
     np.save(tmp_path / "x", itself, allow_pickle=True)
-    with pytest.raises(UserError, match=r"x\.npy is not a pair .*: values of dtype O8"):
+    with pytest.raises(UserError, match=r"x\.npy is not a pair .*values of dtype O8"):
         read_pair(tmp_path / "x.npy")
 
 
