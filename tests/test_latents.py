@@ -80,25 +80,16 @@ def test_reads_back_what_was_written_in_any_order(tmp_path, changes):
     store.verify()
 
 
-def test_index_describes_the_store(tmp_path):
-    _, labels = write_store(tmp_path / "store")
+def test_index_describes_the_store_and_numpy_alone_opens_it(tmp_path):
+    records, labels = write_store(tmp_path / "store")
     meta = LatentStore.open(tmp_path / "store").meta
     assert (meta["version"], meta["n_images"], meta["n_records"]) == (1, 25, 50)
     assert meta["images_per_class"] == np.bincount(labels[::2]).tolist()
     assert (meta["resolution"], meta["flips"], meta["crop"], meta["dtype"]) == (32, True, "adm-centre", "float16")
     assert all(entry["sha256"] == file_digest(tmp_path / "store" / entry["file"]) for entry in meta["shards"])
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
-        "index.json",
-        "labels.npy",
-        "latents-00000.npy",
-        "latents-00001.npy",
-        "latents-00002.npy",
-    ]
-
-
-def test_numpy_alone_opens_it(tmp_path):
-    records, labels = write_store(tmp_path / "store")
-    arrays = [np.load(tmp_path / "store" / f"latents-0000{k}.npy", mmap_mode="r") for k in range(3)]
+    shards = [f"latents-0000{k}.npy" for k in range(3)]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["index.json", "labels.npy", *shards]
+    arrays = [np.load(tmp_path / "store" / name, mmap_mode="r") for name in shards]
     assert np.array_equal(np.concatenate(arrays), records)
     assert np.array_equal(np.load(tmp_path / "store" / "labels.npy"), labels)
 
@@ -129,16 +120,7 @@ def test_works_in_loader_workers_and_after_pickling(tmp_path):
     assert np.array_equal(copy.read(order)[0], records[order])
 
 
-def test_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(libs.latents, "MAX_OPEN_FILES", 2)
-    records, _ = write_store(tmp_path / "store", images_per_shard=3)
-    store = LatentStore.open(tmp_path / "store")
-    order = np.random.default_rng(0).permutation(50)
-    assert np.array_equal(store.read(order)[0], records[order])
-    assert store._shard_file.cache_info().currsize == 2
-
-
-def test_threads_share_a_store(tmp_path, monkeypatch):
+def test_threads_share_a_store_of_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr(libs.latents, "MAX_OPEN_FILES", 2)
     records, labels = write_store(tmp_path / "store", images_per_shard=3)
     store = LatentStore.open(tmp_path / "store")
@@ -146,9 +128,11 @@ def test_threads_share_a_store(tmp_path, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         for order, (read, read_labels) in zip(orders, pool.map(store.read, orders), strict=True):
             assert np.array_equal(read, records[order]) and np.array_equal(read_labels, labels[order])
+    assert store._shard_file.cache_info().currsize == 2
 
 
-def test_what_is_not_in_memory_is_waited_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("system", ["nothing cached", "no advice", "short reads"])
+def test_records_are_read_whatever_the_system_does(tmp_path, monkeypatch, system):
     records, _ = write_store(tmp_path / "store")
     preadv = os.preadv
 
@@ -157,21 +141,13 @@ def test_what_is_not_in_memory_is_waited_for(tmp_path, monkeypatch):
             raise BlockingIOError(errno.EAGAIN, "would block")
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", never_cached)
-    assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
-
-
-def test_works_without_posix_fadvise(tmp_path, monkeypatch):
-    records, _ = write_store(tmp_path / "store")
-    monkeypatch.delattr(os, "posix_fadvise")
-    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
-    assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
-
-
-def test_short_reads_are_continued(tmp_path, monkeypatch):
-    records, _ = write_store(tmp_path / "store")
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:100]], *where))
+    if system == "no advice":
+        monkeypatch.delattr(os, "posix_fadvise")
+        monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    elif system == "nothing cached":
+        monkeypatch.setattr(os, "preadv", never_cached)
+    else:
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:100]], *where))
     assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
 
 
