@@ -124,7 +124,7 @@ def test_running_again_does_nothing_and_other_settings_are_refused(images, tmp_p
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()} == before
 
 
-def test_unreadable_images_are_listed_and_skipped_only_when_told(images, tmp_path, autoencoder, capsys):
+def test_unreadable_images_are_listed_and_skipped_only_on_request(images, tmp_path, autoencoder, capsys):
     jpeg = images / "bees" / "03.png"
     jpeg.write_bytes(jpeg.read_bytes()[:200])
     (images / "cats" / "09.png").unlink()

@@ -86,10 +86,10 @@ def test_sizes_on_the_command_line(capsys):
     assert f"invalid image_size value: '{text}'" in capsys.readouterr().err
 
 
-def test_grey_and_bilevel():
-    grey = random_pixels(8, 8, 1)
-    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey))), np.repeat(grey[:, :, None], 3, 2))
-    bits = Image.fromarray(grey).convert("1")
+def test_gray_and_bilevel():
+    gray = random_pixels(8, 8, 1)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(gray))), np.repeat(gray[:, :, None], 3, 2))
+    bits = Image.fromarray(gray).convert("1")
     assert set(np.asarray(to_rgb(bits)).ravel().tolist()) == {0, 255}
 
 
