@@ -36,7 +36,7 @@ from libs import launch
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
 from libs.compilation import choose_compile, compile_network, round_weights
-from libs.files import file_digest, naming_the_way_out, replacing
+from libs.files import advise_on_write_error, file_digest, replacing
 from libs.launch import raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference, SampledImages, Scores, score_sets
 from libs.pictures import check_finite
@@ -351,7 +351,7 @@ def evaluate(
     scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, planned)
     settings = sampling_settings(config, weights, files["weaker"], autoencoder, accelerator.mixed_precision)
     settings[RANGE] = [chosen.start, chosen.stop]
-    with naming_the_way_out(folder, "set --IMGsave_path"):
+    with advise_on_write_error(folder, "set --IMGsave_path"):
         check_same_settings(folder, settings)
         accelerator.wait_for_everyone()  # every process has looked before one writes
         folder.mkdir(parents=True, exist_ok=True)

@@ -30,11 +30,11 @@ import sde
 import utils
 from configs.common import check_fields
 from libs import checkpoint, launch, logger, pictures, sharding
-from libs.autoencoder import Autoencoder, sample_latents
+from libs.autoencoder import Autoencoder
 from libs.compilation import choose_compile, compile_network
 from libs.data import StepBatches, make_loader, own_rows
-from libs.files import naming_the_way_out
-from libs.images import ImageDataset
+from libs.files import advise_on_write_error
+from libs.images import ImageDataset, uint8_to_float
 from libs.latents import LatentStore
 from libs.launch import REQUEUE_STATUS, StopRequest, raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference
@@ -44,11 +44,11 @@ from libs.randomness import StepDraws, step_draws
 REQUEUE_FILE = "requeue"
 
 
-def to_network_input(records: Tensor, draws: StepDraws, scaling_factor: float | None) -> Tensor:
+def to_network_input(records: Tensor, draws: StepDraws, autoencoder: Autoencoder | None) -> Tensor:
     """What the network denoises, (B, C, H, W) float32: a fresh latent from stored moments, or pixels in [-1, 1]."""
-    if scaling_factor is None:
-        return records.float() / 127.5 - 1
-    return sample_latents(records, draws.latent_noise, scaling_factor)
+    if autoencoder is None:
+        return uint8_to_float(records)
+    return autoencoder.sample_latents(records, draws.latent_noise)
 
 
 def resolution_losses(
@@ -61,10 +61,8 @@ def resolution_losses(
     null_label: int,
 ) -> Tensor:
     """Squared error of the noise predictions per resolution and image: x0 (B, C, H, W), labels (B,) -> (R, B)."""
-    t = schedule.times(draws.uniform_time)
-    xt = schedule.add_noise(x0, draws.eps, t)
     labels = torch.where(draws.uniform_drop < p_uncond, null_label, labels)
-    return sde.resolution_losses(nnet(xt, schedule.network_time(t), labels), draws.eps)
+    return sde.training_losses(nnet, schedule, x0, draws.eps, schedule.times(draws.uniform_time), labels)
 
 
 def make_averages(nnet: nn.Module, config: ml_collections.ConfigDict) -> dict[str, EMA]:
@@ -228,7 +226,6 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     weaker, _ = utils.open_weaker_network(config, device)
     autoencoder = utils.open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
-    scaling_factor = autoencoder.scaling_factor if autoencoder is not None else None
     identity = run_settings(config, accelerator, dataset)
     class_names = dataset.class_names if config.dataset.n_classes else []
     logger.check_same_everywhere(identity)
@@ -266,7 +263,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     wrapped = accelerator.prepare_model(nnet, device_placement=False, evaluation_mode=settings.sharded)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
     lock = None
-    with raise_on_all_ranks(accelerator), naming_the_way_out(workdir, "set --workdir"):
+    with raise_on_all_ranks(accelerator), advise_on_write_error(workdir, "set --workdir"):
         if main:
             workdir.mkdir(parents=True, exist_ok=True)
             lock = logger.become_only_writer(workdir)
@@ -315,9 +312,9 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             own = draws.rows(rows[part])
             last = part == settings.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                x0 = to_network_input(records, own, scaling_factor)
+                x0 = to_network_input(records, own, autoencoder)
                 by_resolution = resolution_losses(wrapped, schedule, x0, labels, own, p_uncond, null_label)
-                loss = loss_weights @ by_resolution  # (B,)
+                loss = sde.weighted_sum(by_resolution, loss_weights)  # (B,)
                 accelerator.backward(loss.mean() / settings.accumulation)
             losses.add(by_resolution.detach(), loss.detach(), own.uniform_time)
             timer.mark("forward_backward")

@@ -30,7 +30,7 @@ from libs.metrics import PlannedImages, Reference, check_features, check_sets, f
 from libs.pictures import finite, to_uint8
 from libs.randomness import SampleNoise, to_device
 from libs.sample_set import OUTPUTS, differences
-from libs.solvers import SAMPLERS, solve
+from libs.solvers import SOLVERS, check_guidance, check_steps
 
 ROOT = Path(__file__).resolve().parent
 
@@ -363,19 +363,15 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for sampling settings that cannot work, before anything is loaded."""
     sample = config.sample
     check_ranges(config, SAMPLING_RANGES)
-    for name, allowed in (("algorithm", tuple(SAMPLERS)), ("output", OUTPUTS), ("compile", COMPILE)):
+    check_choice("config.schedule", config.schedule, sde.SCHEDULES)
+    for name, allowed in (("algorithm", SOLVERS), ("output", OUTPUTS), ("compile", COMPILE)):
         check_choice(f"config.sample.{name}", sample[name], allowed)
-    if sample.algorithm.startswith("euler_maruyama") and config.schedule == "sd":
-        raise ValueError("Euler-Maruyama needs config.schedule vpsde or vpsde_cosine; found sd")
-    if sample.order not in (1, 2, 3):
-        raise ValueError(f"config.sample.order must be 1, 2 or 3; found {sample.order}")
-    least = sample.order if sample.algorithm == "dpm_solver" else SAMPLERS[sample.algorithm].least_steps
+    is_continuous = issubclass(sde.SCHEDULES[config.schedule], sde.ContinuousSchedule)
+    if SOLVERS[sample.algorithm].continuous and not is_continuous:
+        raise UserError(f"{sample.algorithm} needs config.schedule vpsde or vpsde_cosine; found {config.schedule}")
     for name in ("sample_steps", "grid_steps"):
-        if sample[name] < least:
-            raise ValueError(
-                f"config.sample.{name} must be at least {least} for {sample.algorithm}; found {sample[name]}"
-            )
-    sde.check_guidance(sample.scale, sample.scale_pow, sample.interval)
+        check_steps(sample.algorithm, sample[name], f"config.sample.{name}")
+    check_guidance(sample.scale, sample.scale_pow, sample.interval)
     if sample.scale > 1 and config.dataset.n_classes == 0 and not sample.autoguidance_path:
         raise ValueError(
             "an unconditional model (config.dataset.n_classes 0) can only be guided by a weaker one: set "
@@ -434,7 +430,7 @@ def make_sampler(
             nnet, schedule, y, null_label, settings.scale, settings.scale_pow, settings.interval, weaker
         )
         with accelerator.autocast():
-            x = solve(noise_model, schedule, x, settings.algorithm, steps, settings.order, noise.draw)
+            x = SOLVERS[settings.algorithm](noise_model, schedule, x, steps, noise.draw)
         if autoencoder is not None:
             x = autoencoder.decode(x)
         return to_uint8(x), finite(x)

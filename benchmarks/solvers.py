@@ -1,21 +1,20 @@
-"""Error against network evaluations of every solver: where the exact answer is known, and on the trained digits model.
+"""Error against NFE of every solver: where the exact answer is known, and on the trained digits model.
 
     python benchmarks/solvers.py            # benchmarks/results/solvers.png and solvers.md; a minute or two
     python benchmarks/solvers.py --digits workdir/quickstart/train/ckpts/2000.ckpt     # solvers_digits.png and .md
 
-Where it is known: the data are four Gaussians in the plane, of different weights and widths, for which the noise
-prediction is known in closed form; so solvers are judged without a network's error. All start from the same noise at
-t_end and end at t_start.
+Exact: the data are four Gaussians in the plane, of different weights and widths, whose noise prediction is known in
+closed form, so that solvers are judged without a network's error. All start from the same noise at t_end and end at
+t_start.
 
 - rms: root mean square distance to where the exact probability-flow ODE takes the same noise (the released solver with
-  6,000 evaluations, uniform in lambda). An ancestral sampler has no such end.
-- W1: Wasserstein-1 distance of the samples to those exact ones, mean over the two coordinates. ddpm's noise is its own:
-  it cannot come closer than an independent exact sample, whose distance is given as the floor.
+  an NFE of 6,000, uniform in lambda). An ancestral sampler has no such end.
+- W1: Wasserstein-1 distance of the samples to those exact ones, mean over the two coordinates. The noise of ddpm is its
+  own: it cannot come closer than an independent exact sample, whose distance is given as the floor.
 
-On the digits model (configs/digits.py with its guidance, the weights that scripts/quickstart.sh trains) the reference
-is where the released solver takes the same noise with very many evaluations, uniform in lambda, in float32; how far the
-second-order multistep solver ends from there with as many says how well it is known. Distances are root mean squares
-over latents, as shares of the latents' own.
+Digits: configs/digits.py with its guidance and the weights that scripts/quickstart.sh trains. The reference is the
+released solver with a large NFE, uniform in lambda, in float32; the second-order multistep solver with the same NFE
+ends at the distance given as the floor. Distances are root mean squares relative to that of the latents.
 """
 
 import argparse
@@ -42,19 +41,16 @@ from matplotlib import pyplot as plt
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 MEANS = torch.tensor([[-1.0, -0.5], [0.8, -0.8], [0.2, 0.9], [1.2, 0.6]], dtype=torch.float64)
 STDS = torch.tensor([0.3, 0.15, 0.25, 0.1], dtype=torch.float64)
-EVALUATIONS = (5, 7, 10, 14, 20, 30, 50, 80, 120, 180, 250)
-IN_TABLE = (10, 20, 50, 250)
+EXACT_NFE = (5, 7, 10, 14, 20, 30, 50, 80, 120, 180, 250)
+DIGITS_NFE = (4, 6, 8, 10, 14, 20, 30, 50, 80)
+DIGITS_REFERENCE = 402  # NFE
 
-# Beside the solvers that can be chosen: the multistep ones on the grid of the released sampler.
-VARIANTS = {
-    **SOLVERS,
-    "2m, uniform t": lambda eps, schedule, x, steps, draw: dpm_solver_multistep(
-        eps, schedule, x, uniform_times(schedule, steps), 2
-    ),
-    "3m, uniform t": lambda eps, schedule, x, steps, draw: dpm_solver_multistep(
-        eps, schedule, x, uniform_times(schedule, steps), 3
-    ),
-}
+# Solvers for every schedule; the multistep ones also on the times of the released sampler.
+COMPARED = {name: solver for name, solver in SOLVERS.items() if not solver.continuous}
+COMPARED["2m, uniform t"] = lambda f, s, x, n, draw: dpm_solver_multistep(f, s, x, uniform_times(s, n), 2)
+COMPARED["3m, uniform t"] = lambda f, s, x, n, draw: dpm_solver_multistep(f, s, x, uniform_times(s, n), 3)
+
+# An error curve is {NFE: error}.
 
 
 def mixture_noise_model(schedule):
@@ -62,7 +58,7 @@ def mixture_noise_model(schedule):
 
     def noise_model(x, t):
         t = torch.tensor(t, dtype=torch.float64)
-        alpha, sigma = schedule.log_alpha(t).exp(), schedule.sigma(t)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         variance = alpha**2 * STDS**2 + sigma**2  # (K,)
         away = x[:, None] - alpha * MEANS  # (N, K, 2)
         log_density = WEIGHTS.log() - away.square().sum(-1) / (2 * variance) - variance.log()
@@ -77,132 +73,105 @@ def wasserstein(x, y):
 
 
 def independent_sample(schedule, n, generator):
-    """Points (n, 2) of the noised mixture at t_start."""
+    """Draw points (n, 2) of the noised mixture at t_start."""
     t = torch.tensor(schedule.t_start, dtype=torch.float64)
     which = torch.multinomial(WEIGHTS, n, replacement=True, generator=generator)
     x0 = MEANS[which] + STDS[which, None] * torch.randn(n, 2, dtype=torch.float64, generator=generator)
-    eps = torch.randn(n, 2, dtype=torch.float64, generator=generator)
-    return schedule.log_alpha(t).exp() * x0 + schedule.sigma(t) * eps
+    return schedule.add_noise(x0, torch.randn(n, 2, dtype=torch.float64, generator=generator), t.expand(n))
 
 
-def errors(schedule, n_points):
-    """Rows (solver, evaluations, rms or None, W1) on one schedule; and the floor of W1 for independent points."""
+def exact_errors(schedule, n_points):
+    """Measure one schedule: {solver: curve of rms}, {solver: curve of W1}, and the floor of W1."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n_points, 2, dtype=torch.float64, generator=generator)
     model = mixture_noise_model(schedule)
     exact = dpm_solver_singlestep(model, schedule, x, lambda_times(schedule, 6000), [3] * 2000)
-    rows = []
-    for name, solve in VARIANTS.items():
-        for steps in EVALUATIONS:
-            found = solve(model, schedule, x, steps, lambda: torch.randn(x.shape, dtype=x.dtype, generator=generator))
-            rms = None if name == "ddpm" else (found - exact).square().sum(1).mean().sqrt().item()
-            rows.append((name, steps, rms, wasserstein(found, exact)))
-    floor = np.mean([wasserstein(independent_sample(schedule, n_points, generator), exact) for _ in range(20)])
-    return rows, floor
-
-
-def plot(rows_of, path):
-    """rms (above) and W1 (below) against evaluations, a column per schedule."""
-    figure, axes = plt.subplots(2, len(rows_of), figsize=(4.6 * len(rows_of), 7.5), sharex=True, sharey="row")
-    for column, (schedule, (rows, floor)) in zip(axes.T, rows_of.items(), strict=True):
-        for name in VARIANTS:
-            style = {"linestyle": ":" if "uniform" in name else "-", "marker": ".", "linewidth": 1.2}
-            own = [row for row in rows if row[0] == name]
+    rms, w1 = {}, {name: {} for name in COMPARED}
+    for name, solver in COMPARED.items():
+        for n in EXACT_NFE:
+            found = solver(model, schedule, x, n, lambda: torch.randn(x.shape, dtype=x.dtype, generator=generator))
+            w1[name][n] = wasserstein(found, exact)
             if name != "ddpm":
-                column[0].loglog([row[1] for row in own], [row[2] for row in own], label=name, **style)
-            else:
-                column[0].plot([], [])  # keeps one colour per solver in both rows
-            column[1].loglog([row[1] for row in own], [row[3] for row in own], label=name, **style)
-        column[1].axhline(floor, color="grey", linewidth=0.8)
-        column[0].set_title(f"schedule {schedule}")
-        column[1].set_xlabel("network evaluations")
-        for axis in column:
-            axis.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes[0, 0].set_ylabel("rms distance to the exact ODE")
-    axes[0, 0].set_ylim(1e-7, 10)
-    axes[1, 0].set_ylabel("Wasserstein-1 distance")
-    axes[1, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def table(rows_of):
-    """Markdown: rms / W1 at a few numbers of evaluations."""
-    lines = []
-    for schedule, (rows, floor) in rows_of.items():
-        lines += [
-            f"\nSchedule `{schedule}`: rms (W1, floor for ddpm {floor:.1e})\n",
-            f"| solver | {' | '.join(map(str, IN_TABLE))} |",
-        ]
-        lines.append("|---" * (len(IN_TABLE) + 1) + "|")
-        values = {(name, steps): (rms, w1) for name, steps, rms, w1 in rows}
-        for name in VARIANTS:
-            cells = []
-            for steps in IN_TABLE:
-                rms, w1 = values[name, steps]
-                cells.append(f"{f'{rms:.1e}' if rms is not None else '-'} ({w1:.1e})")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-DIGITS_EVALUATIONS = (4, 6, 8, 10, 14, 20, 30, 50, 80)
-DIGITS_IN_TABLE = (6, 10, 20, 50, 80)
-DIGITS_REFERENCE = 402  # evaluations
+                rms.setdefault(name, {})[n] = (found - exact).square().sum(1).mean().sqrt().item()
+    floor = np.mean([wasserstein(independent_sample(schedule, n_points, generator), exact) for _ in range(20)])
+    return rms, w1, floor
 
 
 @torch.no_grad()
 def digits_errors(weights, n_images):
-    """Rows (solver, evaluations, error) on the digits model, and how far two references are apart."""
+    """Measure the digits model: {solver: curve}, and the distance of two references."""
     config = utils.load_config(utils.ROOT / "configs" / "digits.py")
     schedule, nnet = sde.get_schedule(config.schedule), utils.build_network(config).eval()
     utils.load_network_weights(nnet, weights)
     labels = torch.arange(n_images) % config.dataset.n_classes
     noise = SampleNoise(range(n_images), config.seed, tuple(config.z_shape), torch.device("cpu"))
-    x = noise.draw()
-    sample = config.sample
+    x, sample = noise.draw(), config.sample
     model = sde.guided_noise_model(nnet, schedule, labels, nnet.null_label, sample.scale, sample.scale_pow)
     times = lambda_times(schedule, DIGITS_REFERENCE)
     reference = dpm_solver_singlestep(model, schedule, x, times, [3] * (DIGITS_REFERENCE // 3))
-    unit = reference.square().mean().sqrt().item()
 
     def error(found):
-        return (found - reference).square().mean().sqrt().item() / unit
+        return ((found - reference).square().mean() / reference.square().mean()).sqrt().item()
 
-    apart = error(dpm_solver_multistep(model, schedule, x, lambda_times(schedule, DIGITS_REFERENCE), 2))
-    rows = []
-    for name, solve in VARIANTS.items():
-        if name != "ddpm":  # whose end is another for every noise it draws
-            rows += [(name, n, error(solve(model, schedule, x, n, noise.draw))) for n in DIGITS_EVALUATIONS]
-    return rows, apart
+    curves = {
+        name: {n: error(solver(model, schedule, x, n, noise.draw)) for n in DIGITS_NFE}
+        for name, solver in COMPARED.items()
+        if name != "ddpm"  # whose end is another for every noise it draws
+    }
+    return curves, error(dpm_solver_multistep(model, schedule, x, times, 2))
 
 
-def report_digits(weights, n_images, out):
-    """solvers_digits.png and solvers_digits.md."""
-    started = time.perf_counter()
-    rows, apart = digits_errors(weights, n_images)
-    seconds = time.perf_counter() - started
-    figure, axes = plt.subplots(figsize=(6.4, 4.8))
-    lines = [f"| solver | {' | '.join(map(str, DIGITS_IN_TABLE))} |", "|---" * (len(DIGITS_IN_TABLE) + 1) + "|"]
-    for name in dict.fromkeys(row[0] for row in rows):
-        own = {evaluations: error for solver, evaluations, error in rows if solver == name}
-        axes.loglog(own.keys(), own.values(), ":." if "uniform" in name else ".-", linewidth=1.2, label=name)
-        lines.append(f"| {name} | {' | '.join(f'{own[n]:.1e}' for n in DIGITS_IN_TABLE)} |")
-    axes.axhline(apart, color="grey", linewidth=0.8)
-    axes.set(xlabel="network evaluations", ylabel="distance to the reference / size of latents")
+def draw(axes, curves, floor, **labels):
+    """Plot error curves, one color per solver in all plots, and the floor in grey."""
+    colors = dict(zip(COMPARED, plt.get_cmap("tab10").colors, strict=False))
+    for name, curve in curves.items():
+        style = ":." if "uniform" in name else ".-"
+        axes.loglog(curve.keys(), curve.values(), style, color=colors[name], linewidth=1.2, label=name)
+    if floor:
+        axes.axhline(floor, color="grey", linewidth=0.8)
+    axes.set(**labels)
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out / "solvers_digits.png", dpi=110)
+
+
+def table(columns, rows):
+    """Make a Markdown table of errors: rows (solver, {NFE: text})."""
+    lines = [f"| solver | {' | '.join(map(str, columns))} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | {' | '.join(cells[n] for n in columns)} |" for name, cells in rows]) + "\n"
+
+
+def report_exact(n_points):
+    """Measure all schedules: text and figure."""
+    figure, axes = plt.subplots(2, len(sde.SCHEDULES), figsize=(4.6 * len(sde.SCHEDULES), 7.5), sharey="row")
     text = (
-        "# Solvers on the trained digits model\n\n"
-        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}; "
-        f"`python benchmarks/solvers.py {' '.join(sys.argv[1:])}`, {seconds:.0f} s.\n"
-        f"{n_images} digits, the guidance of configs/digits.py; reference: the released solver, {DIGITS_REFERENCE}\n"
-        f"evaluations. Two references are {apart:.1e} apart (grey line): no distance below that is known.\n\n"
-        "![Distance against evaluations](solvers_digits.png)\n\n" + "\n".join(lines) + "\n"
+        f"{n_points:,} points. rms: distance to where the exact ODE takes the same noise. W1: distance to its "
+        "distribution\n(grey line: the floor for ddpm, whose noise is its own). Columns: NFE.\n"
     )
-    (out / "solvers_digits.md").write_text(text)
-    print(text)
+    for (above, below), schedule in zip(axes.T, sde.SCHEDULES, strict=True):
+        rms, w1, floor = exact_errors(sde.get_schedule(schedule), n_points)
+        draw(above, rms, None, title=f"schedule {schedule}", ylabel="rms distance to the exact ODE", ylim=(1e-7, 10))
+        draw(below, w1, floor, xlabel="NFE", ylabel="Wasserstein-1 distance")
+        cells = {
+            name: {n: f"{f'{rms[name][n]:.1e}' if name in rms else '-'} ({w1[name][n]:.1e})" for n in EXACT_NFE}
+            for name in COMPARED
+        }
+        text += f"\nSchedule `{schedule}`: rms (W1, floor for ddpm {floor:.1e})\n\n"
+        text += table((10, 20, 50, 250), cells.items())
+    axes[1, 0].legend(fontsize=8)
+    return text, figure
+
+
+def report_digits(weights, n_images):
+    """Measure the digits model: text and figure."""
+    curves, floor = digits_errors(weights, n_images)
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    draw(axes, curves, floor, xlabel="NFE", ylabel="distance to the reference / size of latents")
+    axes.legend(fontsize=8)
+    text = (
+        f"{n_images} digits, the guidance of configs/digits.py; reference: the released solver with an NFE of "
+        f"{DIGITS_REFERENCE}.\nTwo references are {floor:.1e} apart (grey line): no distance below that is known.\n\n"
+    )
+    rows = [(name, {n: f"{error:.1e}" for n, error in curve.items()}) for name, curve in curves.items()]
+    return text + table((6, 10, 20, 50, 80), rows), figure
 
 
 def main():
@@ -210,28 +179,23 @@ def main():
     parser.add_argument("--n_points", type=int, default=5000)
     parser.add_argument("--digits", metavar="WEIGHTS", help="checkpoint of the digits model: solvers_digits.* only")
     parser.add_argument("--n_images", type=int, default=50, help="digits")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the picture and the table")
+    parser.add_argument("--out", type=Path, default="benchmarks/results", help="folder for the picture and the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.digits:
-        report_digits(args.digits, args.n_images, Path(args.out))
-        return
     started = time.perf_counter()
-    rows_of = {name: errors(sde.get_schedule(name), args.n_points) for name in sde.SCHEDULES}
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    plot(rows_of, out / "solvers.png")
-    text = (
-        "# Solvers on an exact mixture of Gaussians\n\n"
-        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"NumPy {np.__version__}; `python benchmarks/solvers.py {' '.join(sys.argv[1:])}".rstrip()
-        + f"`, {time.perf_counter() - started:.0f} s. {args.n_points:,} points.\n\n"
-        "![Error against evaluations](solvers.png)\n\n"
-        "rms: distance to where the exact ODE takes the same noise. W1: distance to its distribution (grey line: the\n"
-        "floor for ddpm, whose noise is its own). Columns: network evaluations.\n" + table(rows_of)
+    text, figure = report_digits(args.digits, args.n_images) if args.digits else report_exact(args.n_points)
+    name = "solvers_digits" if args.digits else "solvers"
+    title = "the trained digits model" if args.digits else "an exact mixture of Gaussians"
+    head = (
+        f"# Solvers on {title}\n\n{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; `{' '.join(['python benchmarks/solvers.py', *sys.argv[1:]])}`, "
+        f"{time.perf_counter() - started:.0f} s.\n\n![Error against NFE]({name}.png)\n\n"
     )
-    (out / "solvers.md").write_text(text)
-    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(args.out / f"{name}.png", dpi=110)
+    (args.out / f"{name}.md").write_text(head + text)
+    print(head + text)
 
 
 if __name__ == "__main__":

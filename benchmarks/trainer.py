@@ -95,16 +95,13 @@ def bare_turn(config):
     for step, indices in enumerate(islice(batches, config.train.n_steps)):
         records, labels = map(torch.from_numpy, dataset.read(indices))
         draws = step_draws(config.seed, step, config.train.batch_size, tuple(config.z_shape), "cpu")
-        x0, t = (
-            training.to_network_input(records, draws, autoencoder.scaling_factor),
-            schedule.times(draws.uniform_time),
-        )
+        x0, t = training.to_network_input(records, draws, autoencoder), schedule.times(draws.uniform_time)
         labels = torch.where(draws.uniform_drop < config.dataset.p_uncond, nnet.null_label, labels)
         inputs.append((schedule.add_noise(x0, draws.eps, t), schedule.network_time(t), labels, draws.eps))
     times = [time.perf_counter()]
     for step, (xt, t, labels, eps) in enumerate(inputs, start=1):
         optimizer.zero_grad()
-        (weights @ sde.resolution_losses(nnet(xt, t, labels), eps)).mean().backward()
+        sde.multi_resolution_loss(nnet(xt, t, labels), eps, weights).mean().backward()
         optimizer.step()
         if step % WINDOW == 0:
             times.append(time.perf_counter())

@@ -119,21 +119,19 @@ def base():
     config.resume_changes = ()  # settings (such as "optimizer.lr") that may differ from the checkpoint's when resuming
 
     config.sample = d(
-        # a name in SOLVERS of libs/solvers.py, such as dpm_solver (fast singlestep; released); with a continuous
-        # schedule also euler_maruyama_sde, euler_maruyama_ode
+        # dpm_solver (DPM-Solver++ singlestep of order 3; released), dpm_solver_1, dpm_solver_2 (lower orders),
+        # dpm_solver_2m, dpm_solver_3m (multistep), ddim, ddpm, heun; with a continuous schedule also
+        # euler_maruyama_sde, euler_maruyama_ode (SOLVERS in libs/solvers.py)
         algorithm="dpm_solver",
-        order=3,  # of dpm_solver: 1, 2 or 3
-        sample_steps=250,  # network evaluations per image when evaluating
-        grid_steps=50,  # network evaluations for the grids while training
+        sample_steps=250,  # NFE per image when evaluating
+        grid_steps=50,  # NFE per image of the grids while training
         n_samples=50_000,  # images of an evaluation; labels are balanced: i * n_classes // n_samples
         compile="auto",  # as config.train.compile, when evaluating
         mini_batch_size=50,  # images sampled at a time by one process; the same images whatever the processes
         scale=1.4,  # guidance, 1: none (the released code writes this 0.4)
         scale_pow=placeholder(float),  # > 0: power-cosine schedule of the scale; None or 0: constant
-        interval=placeholder(
-            tuple
-        ),  # (low, high): guided where low < sigma/alpha <= high (arXiv 2404.07724); None: all
-        # Weights of a weaker network that guides in place of the unconditional half (arXiv 2406.02507); "": none
+        interval=placeholder(tuple),  # (low, high] of sigma / alpha in which to guide (arXiv 2404.07724); None: always
+        # Weights of a guiding network, which replaces the unconditional half (arXiv 2406.02507); "": none
         autoguidance_path="",
         autoguidance_config="",  # its config file, where it differs from this one's; "": the same
         output="png",  # what eval.py writes: png (<index>.png), npz (a shard per batch) or both

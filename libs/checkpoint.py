@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import torch.nn.functional as F
 from absl import logging
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from libs.files import file_digest, flush_to_disk, json_digest, replacing
+from libs.files import file_digest, flush_to_disk, hub_download, json_digest, replacing
 from libs.sharding import cut_like
 
 # (this project's name, released name); each pair is undone by its mirror image, so the table serves both directions.
@@ -251,24 +250,7 @@ def fetch_from_hub(address: str) -> Path:
     owner, repository, file = (*address.removeprefix(HUB).split("/", 2), "", "")[:3]
     if not (owner and repository and file):
         raise ValueError(f"expected hf://OWNER/REPOSITORY/FILE, such as {RELEASED}; found {address}")
-    repository = f"{owner}/{repository}"
-    verbosity = huggingface_hub.logging.get_verbosity()
-    try:  # what was fetched once is used without asking the network again
-        return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=True))
-    except OSError:
-        pass
-    try:
-        huggingface_hub.logging.set_verbosity_error()  # or each of its attempts is a line
-        return Path(huggingface_hub.hf_hub_download(repository, file))
-    except (OSError, ValueError) as error:
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(
-            f"{file} of the Hugging Face repository {repository} is not on this machine and could not be fetched "
-            f"({reason}): where there is a network run `hf download {repository} {file} --local-dir assets`, copy "
-            f"the file here and give its path, assets/{file}"
-        ) from error
-    finally:
-        huggingface_hub.logging.set_verbosity(verbosity)
+    return hub_download(f"{owner}/{repository}", file)
 
 
 CONFIG_KEY = "config"  # in a state.json, and in the metadata of a safetensors file

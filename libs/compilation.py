@@ -151,8 +151,8 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False, recompute
         recompute: see `checkpoint_activations`.
     """
     on_cpu = next(nnet.parameters()).device.type == "cpu"
-    # cuDNN's attention is the fastest, but gives NaN gradients at 64 tokens modulo 128 (pytorch issue 196678; seen on an
-    # H100 with cuDNN 9.19: benchmarks/results/gpu.md).
+    # cuDNN's attention is the fastest, but has NaN gradients at 64 tokens modulo 128 (pytorch issue 196678; seen here
+    # with cuDNN 9.19 on an H100: benchmarks/results/gpu.md).
     tokens = [1 + s.spec.max_height * s.spec.max_width for s in nnet.stages if s.class_embed is not None]
     if not on_cpu and any(n % 128 == 64 for n in tokens):
         torch.backends.cuda.enable_cudnn_sdp(False)

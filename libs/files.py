@@ -1,8 +1,9 @@
-"""Files that are whole or not there, their hashes, and the header of a .npy file."""
+"""Files that are written whole or not at all, files from the Hugging Face hub, digests, and the header of a .npy."""
 
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -10,18 +11,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import huggingface_hub
 import numpy as np
+
+from libs import UserError
+
+
+class WriteError(UserError, OSError):
+    """A file or folder that cannot be written; the message names it, the reason and the setting to change."""
 
 
 @contextmanager
-def replacing(path: str | Path, way_out: str = "set --out") -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only once it is whole and on the disk.
+def replacing(path: str | Path, advice: str = "set --out") -> Iterator[BinaryIO]:
+    """Open a binary file that takes the name `path` once it is whole and on the disk.
 
-    On any error the temporary file is removed and whatever was at `path` stays. OSErrors name `path` and `way_out`.
+    On any error the temporary file is removed and whatever was at `path` stays. Raises WriteError, with `advice`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with naming_the_way_out(path, way_out):
+    with advise_on_write_error(path, advice):
         try:
             with open(temporary, "xb") as file:
                 yield file
@@ -33,22 +41,33 @@ def replacing(path: str | Path, way_out: str = "set --out") -> Iterator[BinaryIO
             temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | Path, setting: str = "--out", endings: Sequence[str] = (), folder: bool = False) -> None:
-    """Can a file, or a `folder`, be written at `path`? To be asked before the work that makes it; leaves nothing there.
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a path for a new folder, which is renamed to `path` at the end of the block and removed on any error."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
-    Raises:
-        ValueError: not one of `endings`, or a folder where a file is wanted or the other way round.
-        OSError: nothing can be written there, or in the first folder above it that exists. Both name `setting`.
+
+def check_writable(path: str | Path, setting: str = "--out", endings: Sequence[str] = (), folder: bool = False) -> None:
+    """Check, before the work that makes it, that a file or `folder` can be written at `path`; leave nothing there.
+
+    Raises UserError or WriteError, naming `setting`: a wrong ending, a folder in place of a file or the reverse, or
+    nothing can be written in the first existing folder above `path`.
     """
     path = Path(path)
     if endings and path.suffix not in endings:
-        raise ValueError(f"{setting} must end in {' or '.join(endings)}; found {path}")
+        raise UserError(f"{setting} must end in {' or '.join(endings)}; found {path}")
     if path.exists() and path.is_dir() != folder:
         kinds = ("folder", "file") if folder else ("file", "folder")
-        raise ValueError(f"{setting} must be a {kinds[0]}, and {path} is a {kinds[1]}: set another {setting}")
+        raise UserError(f"{setting} must be a {kinds[0]}, and {path} is a {kinds[1]}: set another {setting}")
     place = (path if folder else path.parent).absolute()
     place = next(above for above in (place, *place.parents) if above.exists())
-    with naming_the_way_out(path, f"set {setting}"), tempfile.TemporaryFile(dir=place):
+    with advise_on_write_error(path, f"set {setting}"), tempfile.TemporaryFile(dir=place):
         pass
 
 
@@ -62,16 +81,38 @@ def flush_to_disk(path: str | Path) -> None:
 
 
 @contextmanager
-def naming_the_way_out(path: str | Path, way_out: str = "set --out") -> Iterator[None]:
-    """Gives an OSError of the block the path and the way out, once."""
+def advise_on_write_error(path: str | Path, advice: str = "set --out") -> Iterator[None]:
+    """Turn the first OSError of the block into a WriteError that names `path`, the reason and `advice`."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # named already
+        if isinstance(error, WriteError):
             raise
-        raise OSError(
-            f"Cannot write {path}: {error.strerror}. Free space or permissions there, or {way_out}"
+        reason = error.strerror or error
+        raise WriteError(f"Cannot write {path}: {reason}. Free space or permissions there, or {advice}") from error
+
+
+def hub_download(repository: str, file: str, whole_repository: bool = False) -> Path:
+    """Return the local path of a file on the Hugging Face hub: from the cache, else fetched unless HF_HUB_OFFLINE=1.
+
+    Raises UserError with the command to run elsewhere, for the file or for the `whole_repository`.
+    """
+    verbosity = huggingface_hub.logging.get_verbosity()
+    huggingface_hub.logging.set_verbosity_error()  # otherwise each retry prints a line
+    try:
+        try:  # a cached file is used without asking the network
+            return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=True))
+        except OSError:
+            return Path(huggingface_hub.hf_hub_download(repository, file))
+    except (OSError, ValueError) as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        what = repository if whole_repository else f"{repository} {file}"
+        raise UserError(
+            f"{file} of the Hugging Face repository {repository} is not here and could not be fetched ({reason}): "
+            f"run `hf download {what} --local-dir assets` where there is a network, copy it here and give its path"
         ) from error
+    finally:
+        huggingface_hub.logging.set_verbosity(verbosity)
 
 
 def file_digest(path: str | Path) -> str:
@@ -89,17 +130,15 @@ def json_digest(value: dict) -> str:
 
 
 def read_npy_header(file: BinaryIO, name: str | Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Reads the header of an open .npy file (version 1.0, C order), leaving the file at its first value.
+    """Read (shape, dtype) from an open .npy file of version 1.0 in C order, and leave it at its first value.
 
-    Returns (shape, dtype). Raises ValueError, naming `name`, for anything else. Runs no code whatever the file holds.
+    Raises UserError naming `name` for anything else. Runs no code, whatever the file holds.
     """
     try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("not version 1.0 of the .npy format")
+        version = np.lib.format.read_magic(file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        if fortran_order or min(shape, default=0) < 0:
-            raise ValueError("not a plain array in C order")
-    # numpy parses the header as a Python literal and lets through whatever Python's parser raises on a damaged one
-    except Exception as error:
-        raise ValueError(f"{name} is not a readable .npy file: {error or type(error).__name__}") from error
+        if version != (1, 0) or fortran_order or min(shape, default=0) < 0:
+            raise ValueError("not version 1.0, or not a plain array in C order")
+    except Exception as error:  # numpy lets through whatever Python's parser raises on a damaged header
+        raise UserError(f"{name} is not a readable .npy file: {error or type(error).__name__}") from error
     return shape, dtype

@@ -1,4 +1,4 @@
-"""Pictures on disk: class-per-folder trees, reading any picture as RGB, ADM's centre crop, a dataset of pixels.
+"""Pictures on disk: class-per-folder trees, reading any picture as RGB, ADM's center crop, a dataset of pixels.
 
 Axes: B batch, H W pixels.
 """
@@ -10,28 +10,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+
+from libs import UserError
 
 Size = int | tuple[int, int]  # side of a square, or (height, width), in pixels
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(UserError):
     """A file that should be a picture and is not; the message names it and the reason."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode -> mode RGB.
+def uint8_to_float(pixels: Tensor) -> Tensor:
+    """Map uint8 pixels of any shape to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
 
-    Greyscale is repeated, CMYK converted, transparency (also of palettes) laid over white, 16 bits scaled to 8.
-    Raises ValueError for values whose range is not known (floating point, more than 16 bits).
+
+def float_to_uint8(images: Tensor) -> Tensor:
+    """Map floats in [-1, 1] of any shape to uint8, clamping those beyond."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image of any mode to mode RGB.
+
+    Gray is repeated, CMYK converted, transparency (also of palettes) laid over white, 16 bits scaled to 8.
+    Raises ValueError for values whose range is not known: floating point, more than 16 bits.
     """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"mode {image.mode} with values outside 0..65535 has no known white: save it as 8 or 16 bits"
-            )
+            raise ValueError(f"the range of its values (mode {image.mode}) is not known: save it as 8 or 16 bits")
         return Image.fromarray(((values.astype(np.float64) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -40,27 +52,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_size(text: str) -> Size:
-    """A size from the command line: "256", or "256x384" for height x width. Raises ValueError for anything else."""
+    """Parse a size from the command line: "256", or "256x384" for height x width. argparse reports the TypeError."""
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if not match:
-        raise ValueError(f"expected a side or HEIGHTxWIDTH in pixels, 1 or more; found {text!r}")
     height, width = int(match[1]), int(match[2] or match[1])
     return height if height == width else (height, width)
 
 
 def sides(size: Size) -> tuple[int, int]:
-    """(height, width) of a size."""
+    """Return (height, width) of a size."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def centre_crop(image: Image.Image, size: Size) -> np.ndarray:
-    """ADM's crop (Dhariwal & Nichol 2021), of any proportions: halve by box while both sides are at least twice the
-    wanted ones, resize bicubically until the wanted size just fits in (also upwards, if the picture is smaller), keep
-    the centre. For a square that is ADM's own, by the short side.
+def center_crop(image: Image.Image, size: Size) -> np.ndarray:
+    """Resize and crop an RGB image as ADM does (Dhariwal & Nichol 2021), here to any proportions.
 
-    Args:
-        image: PIL image of mode RGB.
-        size: of the result.
+    Halve by box while both sides are at least twice the wanted ones, resize bicubically until the wanted size just
+    fits in (also upwards), keep the center. For a square this is ADM's own, by the short side.
 
     Returns:
         uint8 array (height, width, 3).
@@ -75,16 +82,14 @@ def centre_crop(image: Image.Image, size: Size) -> np.ndarray:
 
 
 def read_image(path: str | Path, size: Size) -> np.ndarray:
-    """One picture file as uint8 (3, height, width), cropped by `centre_crop`.
+    """Read a picture file as uint8 (3, height, width), cropped by `center_crop`. Raises UnreadableImage.
 
-    The orientation tag of a photo is not applied, as in ADM's statistics. Raises UnreadableImage, naming the file.
+    The orientation tag of a photo is not applied, as in ADM's statistics.
     """
     try:
         with Image.open(path) as image:
-            pixels = centre_crop(to_rgb(image), size)
-    # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, DecompressionBombError, ...): whatever
-    # it is, the file is what is wrong, and it has to be named.
-    except Exception as error:
+            pixels = center_crop(to_rgb(image), size)
+    except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
         raise UnreadableImage(f"{path}: {error or type(error).__name__}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -94,7 +99,7 @@ class ImageTree:
 
     Classes are the sub-folders in sorted order (label = position), pictures in sorted order within a class; names
     starting with a dot and files that are no pictures are passed over. Paths are kept as one block of bytes, so a tree
-    of millions costs what its names cost and goes to worker processes cheaply.
+    of millions of pictures goes to worker processes cheaply.
 
     Attributes:
         class_names: list of str; of a flat folder, ["images"].
@@ -103,30 +108,21 @@ class ImageTree:
     """
 
     def __init__(self, root: str | Path):
-        """Raises FileNotFoundError if `root` is no folder, ValueError if it is empty, mixed, or a class is empty."""
+        """Raises UserError if there is no folder, no picture, a class without pictures, or pictures beside classes."""
         self.root = str(root)
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"No folder of images at {root}: set the images path to one folder per class")
+            raise UserError(f"No folder of images at {root}: set the images path to one folder per class")
         entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
         folders = [name for name in entries if os.path.isdir(os.path.join(root, name))]
         flat = [name for name in entries if _is_image(name) and name not in set(folders)]
-        if folders and flat:
-            raise ValueError(
-                f"{root} holds both class folders ({folders[0]}, ...) and images ({flat[0]}, ...): expected one folder "
-                f"per class, or images only for training without classes"
-            )
-        if flat:
-            self.class_names, files_of = ["images"], [flat]
-        else:
-            self.class_names, files_of = folders, [_files_under(root, folder) for folder in folders]
+        if bool(folders) == bool(flat):
+            found = f"both class folders ({folders[0]}, ...) and images ({flat[0]}, ...)" if flat else "no images"
+            raise UserError(f"{root} holds {found}: expected one folder per class, or images alone")
+        self.class_names = folders or ["images"]
+        files_of = [_files_under(root, folder) for folder in folders] or [flat]
         empty = [name for name, files in zip(self.class_names, files_of, strict=True) if not files]
-        if not folders and not flat:
-            raise ValueError(f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no class folders")
-        if empty:
-            raise ValueError(
-                f"{len(empty)} of the {len(folders)} class folders in {root} hold no images ({', '.join(empty[:3])}"
-                f"{', ...' if len(empty) > 3 else ''}): remove them or fill them, since every folder becomes a class"
-            )
+        if empty:  # every folder becomes a class
+            raise UserError(f"{len(empty)} of the {len(folders)} class folders in {root} are empty ({empty[0]}, ...)")
         self.labels = np.repeat(np.arange(len(files_of), dtype=np.int32), [len(files) for files in files_of])
         names = [os.fsencode(name) for files in files_of for name in files]
         self._names = b"\0".join(names)
@@ -137,23 +133,20 @@ class ImageTree:
         return len(self.labels)
 
     def name(self, i: int) -> str:
-        """Path of picture i relative to the root, with forward slashes."""
+        """Return the path of picture i relative to the root, with forward slashes."""
         start = self._ends[i - 1] + 1 if i else 0
         return os.fsdecode(self._names[start : self._ends[i]])
 
     def path(self, i: int) -> str:
-        """Path of picture i."""
+        """Return the path of picture i."""
         return os.path.join(self.root, self.name(i))
 
 
 class ImageBatches:
-    """Item j is batch j of a tree's pictures, for a loader whose workers read whole batches (`batch_size=None`).
+    """Batches of a tree's pictures, for a loader whose workers read whole batches (`batch_size=None`).
 
-    Args:
-        ranges: [(first, one past the last)] pictures of each batch.
-
-    An item is a pair: uint8 (B, 3, height, width) of the pictures that could be read, and [(index, reason)] of
-    those that could not.
+    Item j is a pair: the pictures ranges[j] = (first, one past the last) that could be read, uint8
+    (B, 3, height, width), and [(index, reason)] of those that could not.
     """
 
     def __init__(self, tree: ImageTree, ranges: list[tuple[int, int]], resolution: Size):
@@ -163,18 +156,17 @@ class ImageBatches:
         return len(self.ranges)
 
     def __getitem__(self, j: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        images, unreadable = [], []
+        images, unreadable = [np.empty((0, 3, *sides(self.resolution)), np.uint8)], []
         for i in range(*self.ranges[j]):
             try:
-                images.append(read_image(self.tree.path(i), self.resolution))
+                images.append(read_image(self.tree.path(i), self.resolution)[None])
             except UnreadableImage as error:
                 unreadable.append((i, str(error)))
-        shape = (0, 3, *sides(self.resolution))
-        return np.stack(images) if images else np.empty(shape, np.uint8), unreadable
+        return np.concatenate(images), unreadable
 
 
 def batch_ranges(first: int, last: int, batch_size: int) -> list[tuple[int, int]]:
-    """[(start, stop)] of the batches of pictures first..last - 1."""
+    """Return [(start, stop)] of the batches of pictures first..last - 1."""
     return [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
 
 
@@ -186,35 +178,29 @@ class ImageDataset:
     Attributes:
         record_shape: (3, height, width); records are uint8.
         n_classes, class_names: the classes of the tree.
+        digest: SHA-256 of the pictures' names, not of their contents.
     """
 
     def __init__(self, root: str | Path, resolution: Size, flip: bool = False):
         self.tree = ImageTree(root)
-        self.flip = bool(flip)
+        self.views = 2 if flip else 1
         self.record_shape = (3, *sides(resolution))
         self.class_names = self.tree.class_names
         self.n_classes = len(self.class_names)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the pictures' names, not of their contents."""
-        return self.tree.digest
+        self.digest = self.tree.digest
 
     def __len__(self) -> int:
-        return len(self.tree) * (2 if self.flip else 1)
+        return len(self.tree) * self.views
 
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Records and labels: (uint8 (B, 3, H, W), int64 (B,)). Raises UnreadableImage, IndexError."""
+        """Read (records uint8 (B, 3, H, W), labels int64 (B,)). Raises UnreadableImage."""
         indices = np.asarray(indices, dtype=np.int64)
+        labels = self.tree.labels[indices // self.views].astype(np.int64)
         records = np.empty((len(indices), *self.record_shape), dtype=np.uint8)
-        for record, index in zip(records, indices, strict=True):
-            if not 0 <= index < len(self):
-                raise IndexError(f"Record {index} asked of {len(self)}")
-            image, mirrored = divmod(int(index), 2) if self.flip else (int(index), 0)
-            pixels = read_image(self.tree.path(image), self.record_shape[1:])
+        for record, (picture, mirrored) in zip(records, np.stack(np.divmod(indices, self.views), 1), strict=True):
+            pixels = read_image(self.tree.path(picture), self.record_shape[1:])
             record[...] = pixels[:, :, ::-1] if mirrored else pixels
-        labels = self.tree.labels[indices // 2 if self.flip else indices]
-        return records, labels.astype(np.int64)
+        return records, labels
 
 
 def _is_image(name):
@@ -222,7 +208,7 @@ def _is_image(name):
 
 
 def _files_under(root, folder):
-    """Pictures anywhere under root/folder, as sorted paths relative to root."""
+    """Return the pictures anywhere under root/folder, as sorted paths relative to root."""
     found = []
     for parent, folders, files in os.walk(os.path.join(root, folder)):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -1,8 +1,9 @@
-"""Reading the ImageNet features that other projects' scripts write, so that they need not be extracted again.
+"""Readers of the ImageNet latents that other projects' scripts write, so that they need not be extracted again.
 
-Each format is a class with `len()`, `flips` (whether record 2i + 1 mirrors record 2i; then `len` counts the pairs),
-`labels(first, last)` and `read(first, last)`, which gives float32 (n or 2n, channels, h, w). What is read was written
-by others: it is checked, errors name the file, and no code in it is run.
+A reader has `len()`, the number of images; `labels(first, last)`; `read(first, last)`, which gives float32
+(n, channels, h, w) of images first..last - 1; `flips`, with which `read` gives 2n views, an image and its mirror image
+by turns; and `scaled`, whether sampled latents are times the scaling factor. What is read was written by others: it is
+checked, errors name the file, and no code in it is run.
 """
 
 import io
@@ -13,9 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from libs import UserError
 from libs.files import read_npy_header
+
+MAX_PICKLE_BYTES = 1 << 22  # 32 times the moments of a 512-pixel image; bounds what unpickling can take
 
 
 class UViTFolder:
@@ -25,7 +29,7 @@ class UViTFolder:
     together: they are records like any other here.
     """
 
-    flips = False
+    flips, scaled = False, False
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -35,7 +39,7 @@ class UViTFolder:
         return self.n
 
     def labels(self, first: int, last: int) -> np.ndarray:
-        return np.array([read_pair(self.folder / f"{i}.npy")[1] for i in range(first, last)], dtype=np.int64)
+        return np.array([read_pair(self.folder / f"{i}.npy")[1] for i in range(first, last)])
 
     def read(self, first: int, last: int) -> np.ndarray:
         files = [self.folder / f"{i}.npy" for i in range(first, last)]
@@ -45,273 +49,220 @@ class UViTFolder:
 class FastDiTFolder:
     """fast-DiT's `*_features/{index}.npy`, (1, C, h, w), beside `*_labels/{index}.npy`, (1,).
 
-    They hold one latent per image, drawn once and times the scaling factor.
+    They hold one latent per image, sampled once and times the scaling factor.
     """
 
-    flips = False
+    flips, scaled = False, True
 
     def __init__(self, folder: str | Path):
-        self.folders = []
-        for kind in ("features", "labels"):
-            found = sorted(path for path in Path(folder).glob(f"*_{kind}") if path.is_dir())
-            if len(found) != 1:
-                raise ValueError(
-                    f"{folder} should hold one folder *_{kind}, found {len(found)}: expected fast-DiT's pair"
-                )
-            self.folders.append(found[0])
-        features, labels = (_count_numbered(path) for path in self.folders)
-        if features != labels:
-            raise ValueError(
-                f"{self.folders[0]} holds {features} files but {self.folders[1]} {labels}: copy them again"
-            )
-        self.n = features
+        found = [sorted(Path(folder).glob(f"*_{kind}/")) for kind in ("features", "labels")]
+        if [len(folders) for folders in found] != [1, 1]:
+            raise UserError(f"{folder} should hold one folder *_features and one *_labels, as fast-DiT writes them")
+        (self.features,), (self.label_folder,) = found
+        self.n, n_labels = _count_numbered(self.features), _count_numbered(self.label_folder)
+        if self.n != n_labels:
+            raise UserError(f"{folder} holds {self.n} features but {n_labels} labels: copy them again")
 
     def __len__(self) -> int:
         return self.n
 
     def labels(self, first: int, last: int) -> np.ndarray:
-        files = [self.folders[1] / f"{i}.npy" for i in range(first, last)]
-        return np.array([_as_label(read_plain_npy(file), file) for file in files], dtype=np.int64)
+        files = [self.label_folder / f"{i}.npy" for i in range(first, last)]
+        return np.array([_as_label(read_plain_npy(file), file) for file in files])
 
     def read(self, first: int, last: int) -> np.ndarray:
-        files = [self.folders[0] / f"{i}.npy" for i in range(first, last)]
-        arrays = [read_plain_npy(file) for file in files]
-        return _stack([a[0] if a.ndim == 4 and len(a) == 1 else a for a in arrays], files)
+        files = [self.features / f"{i}.npy" for i in range(first, last)]
+        return _stack([array[0] if array.shape[:1] == (1,) else array for array in map(read_plain_npy, files)], files)
 
 
 class LightningDiTFolder:
     """LightningDiT's `*.safetensors` shards with `latents` and `latents_flip` (n, C, h, w), and `labels` (n,).
 
-    They hold one latent per view, drawn once, not scaled.
+    They hold one latent per view, sampled once, not scaled.
     """
 
-    flips = True
+    flips, scaled = True, False
 
     def __init__(self, folder: str | Path):
         self.files = sorted(Path(folder).glob("*.safetensors"))
-        if not self.files:
-            raise FileNotFoundError(f"No .safetensors files in {folder}: expected LightningDiT's shards")
-        self.starts = np.cumsum([0] + [self._count(file) for file in self.files]).tolist()
-        if not len(self):
-            raise ValueError(f"The .safetensors files in {folder} hold no images: expected LightningDiT's shards")
+        shapes = [self._shape(file) for file in self.files]
+        self.starts = np.cumsum([0] + [shape[0] for shape in shapes]).tolist()
+        if not len(self) or len({tuple(shape[1:]) for shape in shapes}) != 1:
+            raise UserError(f"{folder} should hold LightningDiT's .safetensors shards, found latents {shapes[:3]}")
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def labels(self, first: int, last: int) -> np.ndarray:
-        labels = np.concatenate(self._slices("labels", first, last))
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise ValueError(f"{self.files[0].parent}: labels should be integers, one per image, found {labels.dtype}")
-        return labels.astype(np.int64)
+        return self._slices("labels", first, last).astype(np.int64)
 
     def read(self, first: int, last: int) -> np.ndarray:
-        plain, mirrored = (np.concatenate(self._slices(name, first, last)) for name in ("latents", "latents_flip"))
+        plain, mirrored = (self._slices(name, first, last) for name in ("latents", "latents_flip"))
         return np.stack([plain, mirrored], axis=1).reshape(-1, *plain.shape[1:])
 
-    def _count(self, file):
-        names = ("latents", "latents_flip", "labels")
+    def _shape(self, file):
         with _opened(file) as shard:
-            missing = [name for name in names if name not in shard.keys()]  # noqa: SIM118 (not a dict)
-            if missing:
-                raise ValueError(f"{file} has no {' and no '.join(missing)}: expected LightningDiT's shards")
-            shapes = [shard.get_slice(name).get_shape() for name in names]
-        if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[2] != shapes[0][:1]:
-            raise ValueError(
-                f"{file}: latents, latents_flip and labels should be (n, C, h, w), the same, and (n,); found {shapes}"
-            )
-        return shapes[0][0]
+            shapes = [shard.get_slice(name).get_shape() for name in ("latents", "latents_flip", "labels")]
+            if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[2] != shapes[0][:1]:
+                raise ValueError(f"latents, latents_flip and labels of shapes {shapes}")
+        return shapes[0]
 
     def _slices(self, name, first, last):
-        """The parts of tensor `name` for images first..last - 1, of each file that has some, as numpy."""
+        """Return images first..last - 1 of tensor `name`, which may lie in several files, as float32 or integers."""
         parts = []
         for file, start, stop in zip(self.files, self.starts[:-1], self.starts[1:], strict=True):
             if start < last and stop > first:
                 with _opened(file) as shard:
                     part = shard.get_slice(name)[max(first - start, 0) : min(last, stop) - start]
-                parts.append((part.float() if part.is_floating_point() else part).numpy())
-        if len({part.shape[1:] for part in parts}) != 1:
-            raise ValueError(f"The files in {self.files[0].parent} hold {name} of different shapes: import them apart")
-        return parts
+                    if part.is_floating_point() == (name == "labels"):
+                        raise ValueError(f"{name} of {part.dtype}")
+                    parts.append((part if name == "labels" else part.float()).numpy())
+        return np.concatenate(parts)
 
 
 FORMATS = {"uvit": UViTFolder, "fast-dit": FastDiTFolder, "lightningdit": LightningDiTFolder}
 
 
 def read_pair(file: str | Path) -> tuple[np.ndarray, int]:
-    """(moments (2C, h, w), label) of one of U-ViT's .npy files, or of a plain pickle of the pair.
+    """Read (moments (2C, h, w), label) from one of U-ViT's .npy files, or from a plain pickle of the pair.
 
-    Only numpy arrays, numpy scalars and plain numbers are admitted. Raises ValueError naming the file otherwise.
+    Only numpy arrays and numbers are admitted. Raises UserError naming the file otherwise.
     """
-    data = Path(file).read_bytes()
-    if not data.startswith(pickle.PROTO):
-        opened = io.BytesIO(data)
-        shape, dtype = read_npy_header(opened, file)
-        if not dtype.hasobject:
-            raise ValueError(f"{file} holds {dtype} numbers of shape {shape}: expected a pair of moments and label")
-        data = data[opened.tell() :]
-    pair = load_arrays(data, file)
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], np.ndarray):
-        raise ValueError(f"{file} should hold a pair of moments and label, found {type(pair).__name__}")
-    return pair[0], _as_label(pair[1], file)
+    if Path(file).stat().st_size > MAX_PICKLE_BYTES:
+        raise UserError(f"{file} is larger than {MAX_PICKLE_BYTES} bytes: expected a pair of moments and label")
+    data = io.BytesIO(Path(file).read_bytes())
+    if not data.getvalue().startswith(pickle.PROTO):
+        read_npy_header(data, file)
+    try:
+        pair = _ArrayUnpickler(data).load()
+        if isinstance(pair, _Array):  # of two objects
+            pair = pair.data
+        moments, label = (item.value() if isinstance(item, _StandIn) else item for item in pair)
+        if not (isinstance(moments, np.ndarray) and isinstance(label, int | np.ndarray | np.generic)):
+            raise TypeError(f"found {type(moments).__name__} and {type(label).__name__}")
+    except Exception as error:  # the opcodes of a damaged pickle fail in any way their operands can
+        raise UserError(f"{file} is not a pair of numpy moments and label: {error!r:.200}") from error
+    return moments, _as_label(label, file)
 
 
 def read_plain_npy(file: str | Path) -> np.ndarray:
-    """A .npy file of numbers. Raises ValueError naming the file, also if it would need unpickling."""
+    """Read a .npy file of numbers. Raises UserError naming the file, also if it would need unpickling."""
     data = io.BytesIO(Path(file).read_bytes())
     shape, dtype = read_npy_header(data, file)
     values = data.read()
     if dtype.kind not in "fiu" or len(values) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{file} is not a whole .npy file of numbers: found {dtype}, {shape} and {len(values)} bytes")
+        raise UserError(f"{file} is not a whole .npy file of numbers: found {dtype}, {shape} and {len(values)} bytes")
     return np.frombuffer(values, dtype).reshape(shape)
 
 
-def load_arrays(data: bytes, name: str | Path) -> object:
-    """Unpickles numbers, numpy arrays and scalars, and tuples and lists of them. Everything else is refused.
+class _StandIn:
+    """Base of what takes the place of numpy's classes and functions in a pickle.
 
-    An array of objects comes back as a (flat) list. Raises ValueError naming `name`.
+    numpy's own trust their operands. These are classes with __setstate__, so BUILD can change no attribute of theirs.
     """
-    try:
-        return _value(_ArrayUnpickler(io.BytesIO(data)).load())
-    except _Refused as error:
-        raise ValueError(
-            f"{name} was not loaded: it holds {error}, and only numpy arrays and numbers are read"
-        ) from error
-    # The opcodes of a damaged pickle fail in any way their operands can: the file is what is wrong.
-    except Exception as error:
-        raise ValueError(f"{name} is not a readable pickle: {type(error).__name__}: {error}") from error
-
-
-class _Refused(Exception):
-    pass
-
-
-class _Dtype:
-    """Stands for `numpy.dtype` while unpickling, which takes the byte order afterwards."""
-
-    def __init__(self, name, align=False, copy=False):
-        self.name, self.order = name, "="
 
     def __setstate__(self, state):
-        self.order = state[1]
-
-    @property
-    def is_object(self):
-        return self.name in ("O8", "O4", "O")
-
-    def resolve(self):
-        if not (
-            isinstance(self.name, str) and re.fullmatch("[fiu][1248]", self.name) and self.order in ("<", ">", "|", "=")
-        ):
-            raise _Refused(f"values of dtype {self.order!r} {self.name!r}")
-        return np.dtype(self.order + self.name)
+        pass
 
 
-class _Array:
-    """Stands for an array while unpickling: numpy's own reconstruction trusts its operands, this does not."""
+class _Array(_StandIn):
+    """Stands for numpy.ndarray, and for the function that makes an empty one."""
+
+    def __init__(self, subtype, shape, typecode):
+        self.dtype = None
 
     def __setstate__(self, state):
         _, self.shape, self.dtype, self.is_fortran, self.data = state
 
     def value(self):
-        if self.dtype.is_object:
-            return [_value(item) for item in self.data]
-        values = np.frombuffer(self.data, self.dtype.resolve())
+        values = np.frombuffer(self.data, self.dtype.value())
         return values.reshape(self.shape, order="F" if self.is_fortran else "C")
 
 
-def _reconstruct(subtype, shape, typecode):
-    return _Array()
+class _Scalar(_StandIn):
+    def __init__(self, dtype, data):
+        self.dtype, self.data = dtype, data
+
+    def value(self):
+        (value,) = np.frombuffer(self.data, self.dtype.value())
+        return value
 
 
-def _scalar(dtype, data):
-    (value,) = np.frombuffer(data, dtype.resolve())
-    return value
+class _Dtype(_StandIn):
+    """Stands for numpy.dtype, which takes the byte order afterwards."""
+
+    def __init__(self, name, align, copy):
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+    def value(self):
+        if not re.fullmatch("[<>|=][fiu][1248]", self.order + self.name):
+            raise TypeError(f"values of dtype {self.name}")
+        return np.dtype(self.order + self.name)
 
 
-def _encode(text, encoding):
-    return text.encode("latin1")  # how protocol 2 writes bytes; other encodings are never written
+class _Bytes(bytes, _StandIn):
+    """Stands for _codecs.encode, with which protocol 2 writes bytes."""
+
+    def __new__(cls, text, encoding):
+        return super().__new__(cls, text, "latin1")
 
 
-def _value(item):
-    if isinstance(item, _Array):
-        return item.value()
-    if isinstance(item, (tuple, list)):
-        return type(item)(_value(part) for part in item)
-    if isinstance(item, (int, float, np.number)):
-        return item
-    raise _Refused(f"a {type(item).__name__}")
+# They allocate what an operand says, or hash: of nested tuples that takes exponential time.
+UNSAFE = (pickle.BYTEARRAY8, pickle.DICT, pickle.SETITEM, pickle.SETITEMS, pickle.FROZENSET, pickle.ADDITEMS)
 
 
 class _ArrayUnpickler(pickle._Unpickler):
-    """Python's unpickler in Python (the one in C can be made to take any amount of memory by one opcode), with the
-    opcodes that numpy's arrays and numbers need, and stand-ins for the functions they name."""
+    """Python's unpickler in Python: the one in C can be made to take any amount of memory by one opcode."""
 
     dispatch = {  # noqa: RUF012 (as in the base class)
-        code[0]: pickle._Unpickler.dispatch[code[0]]
-        for code in (
-            *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL),
-            *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-            *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT),
-            *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-            *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES),
-            *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-            *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.REDUCE, pickle.BUILD),
-        )
+        code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in UNSAFE
     }
     admitted = {  # noqa: RUF012 (a constant)
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): _encode,
-        **{
-            (f"numpy.{core}.multiarray", name): function
-            for core in ("core", "_core")
-            for name, function in (("_reconstruct", _reconstruct), ("scalar", _scalar))
-        },
+        "numpy.ndarray": _Array,
+        "numpy.dtype": _Dtype,
+        "_codecs.encode": _Bytes,
+        **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
+        **{f"numpy.{core}.multiarray.scalar": _Scalar for core in ("core", "_core")},
     }
 
     def find_class(self, module, name):
-        if (module, name) not in self.admitted:
-            raise _Refused(f"a reference to {module}.{name}")
-        return self.admitted[module, name]
+        if f"{module}.{name}" not in self.admitted:
+            raise pickle.UnpicklingError(f"it holds a reference to {module}.{name}")
+        return self.admitted[f"{module}.{name}"]
 
 
 def _as_label(value, file):
     array = np.asarray(value)
     if array.size != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{file} should hold one integer label, found {array.dtype} of shape {array.shape}")
+        raise UserError(f"{file} should hold one integer label, found {array.dtype} of shape {array.shape}")
     return int(array.reshape(()))
 
 
 def _count_numbered(folder):
-    """n, if the folder holds 0.npy to (n - 1).npy. Raises ValueError or FileNotFoundError naming what is missing."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"No folder of features at {folder}")
-    numbers = {int(path.stem) for path in Path(folder).glob("*.npy") if re.fullmatch(r"\d+", path.stem)}
-    if not numbers:
-        raise ValueError(f"{folder} holds no files 0.npy, 1.npy, ...")
-    missing = sorted(set(range(len(numbers))) - numbers)
+    """Return n, if the folder holds 0.npy to (n - 1).npy. Raises UserError naming what is missing."""
+    numbers = {int(path.stem) for path in folder.glob("*.npy") if re.fullmatch(r"\d+", path.stem)}
+    missing = [i for i in range(max(len(numbers), 1)) if i not in numbers]
     if missing:
-        raise ValueError(
-            f"{folder} holds {len(numbers)} files up to {max(numbers)}.npy but {missing[0]}.npy is missing"
-        )
+        raise UserError(f"{folder} should hold 0.npy, 1.npy, ... without gaps: {missing[0]}.npy is missing")
     return len(numbers)
 
 
 def _stack(arrays, files):
     for array, file in zip(arrays, files, strict=True):
         if array.ndim != 3 or array.dtype.kind != "f" or array.shape != arrays[0].shape:
-            raise ValueError(
-                f"{file} should hold floats of shape {arrays[0].shape if arrays[0].ndim == 3 else '(channels, h, w)'}, "
-                f"found {array.dtype} of shape {array.shape}"
-            )
+            shape = arrays[0].shape if arrays[0].ndim == 3 else "(channels, h, w)"
+            raise UserError(f"{file} should hold floats of shape {shape}, found {array.dtype} of shape {array.shape}")
     return np.stack(arrays).astype(np.float32, copy=False)
 
 
 @contextmanager
 def _opened(file):
-    """safetensors.safe_open, with its errors turned into ValueErrors that name the file."""
+    """Open a safetensors file; errors of the block become UserErrors that name it."""
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    except Exception as error:  # damaged, a tensor is missing, or of another shape
+        raise UserError(f"{file} is not a shard of LightningDiT's: {error}") from error

@@ -1,126 +1,84 @@
-"""Samplers as pure functions of a noise model: DPM-Solver++ singlestep and multistep, DDIM, DDPM, Heun.
+"""Samplers as functions of a noise model: DPM-Solver++ singlestep and multistep, DDIM, DDPM, Heun, Euler-Maruyama.
 
 Lu et al., DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095). Notation as there: lambda is half the
-log-SNR, h a step in lambda, r1 and r2 the places of inner nodes as shares of h, D the data prediction.
+log-SNR, h a step in lambda, r1 and r2 the inner nodes as fractions of h, D the data prediction.
 
-All coefficients are made on the host in float64 before the first evaluation, so that nothing in a loop waits for the
-device.
+All coefficients are computed on the host in float64 before the first evaluation, so that no loop waits for the device.
+In every function noise_model is eps(x, t) and x is noise (B, C, H, W) at the first time.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from libs import UserError
 from sde import NoiseModel, Schedule, euler_maruyama
 
 Draw = Callable[[], Tensor]  # standard normal noise of the shape of x
 
-
-class SolverSchedule(Protocol):
-    """What a solver asks of a noise schedule (see sde.Schedule); all take and return float64 tensors."""
-
-    t_start: float
-    t_end: float
-
-    def log_alpha(self, t: Tensor) -> Tensor: ...
-
-    def sigma(self, t: Tensor) -> Tensor: ...
-
-    def lambda_(self, t: Tensor) -> Tensor: ...
-
-    def inverse_lambda(self, lam: Tensor) -> Tensor: ...
+# --- Times ------------------------------------------------------------------------------------------------------------
 
 
-class Nodes(NamedTuple):
-    """Times and what the schedule says of them, as lists of floats."""
-
-    t: list[float]
-    alpha: list[float]
-    sigma: list[float]
-    lam: list[float]
-
-
-def at_nodes(schedule: SolverSchedule, times: Tensor) -> Nodes:
-    """The nodes of a solver at falling times, float64 (N + 1,)."""
-    values = times, schedule.log_alpha(times).exp(), schedule.sigma(times), schedule.lambda_(times)
-    return Nodes(*(value.tolist() for value in values))
-
-
-def uniform_times(schedule: SolverSchedule, n: int) -> Tensor:
-    """n intervals of equal length in t, from schedule.t_end to schedule.t_start: float64 (n + 1,)."""
+def uniform_times(schedule: Schedule, n: int) -> Tensor:
+    """Divide the time from t_end to t_start into n intervals of equal length in t: float64 (n + 1,)."""
     return torch.linspace(schedule.t_end, schedule.t_start, n + 1, dtype=torch.float64)
 
 
-def lambda_times(schedule: SolverSchedule, n: int) -> Tensor:
-    """n intervals of equal length in lambda between the same ends: float64 (n + 1,)."""
-    ends = torch.tensor([schedule.t_end, schedule.t_start], dtype=torch.float64)
-    times = schedule.inverse_lambda(torch.linspace(*schedule.lambda_(ends).tolist(), n + 1, dtype=torch.float64))
-    times[0], times[-1] = ends  # not a rounding error outside them
+def lambda_times(schedule: Schedule, n: int) -> Tensor:
+    """Divide it into n intervals of equal length in lambda."""
+    first, last = schedule.lambda_(ends(schedule)).tolist()
+    return times_at(schedule, torch.linspace(first, last, n + 1, dtype=torch.float64))
+
+
+def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Tensor:
+    """Divide it into n intervals of equal length in (sigma / alpha)^(1 / rho) (EDM, arXiv 2206.00364, equation 5)."""
+    first, last = (-schedule.lambda_(ends(schedule)) / rho).exp().tolist()
+    return times_at(schedule, -rho * torch.linspace(first, last, n + 1, dtype=torch.float64).log())
+
+
+def ends(schedule: Schedule) -> Tensor:
+    return torch.tensor([schedule.t_end, schedule.t_start], dtype=torch.float64)
+
+
+def times_at(schedule: Schedule, lam: Tensor) -> Tensor:
+    times = schedule.inverse_lambda(lam)
+    times[0], times[-1] = ends(schedule)  # rounding must not leave the schedule
     return times
 
 
-def karras_times(schedule: SolverSchedule, n: int, rho: float = 7.0) -> Tensor:
-    """n intervals between the same ends, equal in (sigma / alpha)^(1 / rho) (EDM, arXiv 2206.00364, equation 5)."""
-    ends = torch.tensor([schedule.t_end, schedule.t_start], dtype=torch.float64)
-    first, last = (-schedule.lambda_(ends) / rho).exp().tolist()
-    times = schedule.inverse_lambda(-rho * torch.linspace(first, last, n + 1, dtype=torch.float64).log())
-    times[0], times[-1] = ends  # not a rounding error outside them
-    return times
+def at_nodes(schedule: Schedule, times: Tensor) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Evaluate t, alpha, sigma and lambda at falling times, float64 (N + 1,), as lists of floats."""
+    values = times, schedule.alpha(times), schedule.sigma(times), schedule.lambda_(times)
+    return tuple(value.tolist() for value in values)
 
 
 # --- DPM-Solver++ singlestep ------------------------------------------------------------------------------------------
 
 
 def fast_orders(steps: int, order: int) -> list[int]:
-    """Orders of the singlestep solver's steps so that they need exactly `steps` network evaluations in all.
+    """Choose the order of each singlestep step so that the NFE is exactly `steps`.
 
-    As many steps of the full order as fit, then lower ones to use up the rest (DPM-Solver, section 3.4 and appendix B).
-
-    Raises:
-        ValueError: an order other than 1, 2, 3, or fewer steps than the order.
+    As many steps of the full order as fit, then lower ones for the rest (DPM-Solver, section 3.4 and appendix B).
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"the solver's order must be 1, 2 or 3; found {order}")
-    if steps < order:
-        raise ValueError(
-            f"a solver of order {order} needs at least {order} steps; found {steps}: raise config.sample.sample_steps"
-        )
-    if order == 1:
-        return [1] * steps
-    if order == 2:
-        return [2] * (steps // 2) + [1] * (steps % 2)
-    whole = steps // 3
-    return {0: [3] * (whole - 1) + [2, 1], 1: [3] * whole + [1], 2: [3] * whole + [2]}[steps % 3]
+    whole, rest = divmod(steps, order)
+    if order == 3 and rest == 0:
+        return [3] * (whole - 1) + [2, 1]
+    return [order] * whole + [rest] * (rest > 0)
 
 
-def dpm_solver_fast(noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, steps: int, order: int = 3) -> Tensor:
-    """Sample from noise with DPM-Solver++ singlestep; the released models' sampler (order 3).
-
-    The times are uniform in t from schedule.t_end to schedule.t_start.
-
-    Args:
-        noise_model: eps(x, t), called exactly `steps` times.
-        x: noise at t_end (B, C, H, W), float32.
-        steps: network evaluations, at least `order`.
-
-    Returns:
-        The sample at t_start, of the shape of x.
-
-    Raises:
-        ValueError: see `fast_orders`.
-    """
+def dpm_solver_fast(noise_model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, order: int = 3) -> Tensor:
+    """Sample with DPM-Solver++ singlestep on times uniform in t; with order 3 the released models' sampler."""
     return dpm_solver_singlestep(noise_model, schedule, x, uniform_times(schedule, steps), fast_orders(steps, order))
 
 
 @torch.no_grad()
 def dpm_solver_singlestep(
-    noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, times: Tensor, orders: list[int]
+    noise_model: NoiseModel, schedule: Schedule, x: Tensor, times: Tensor, orders: list[int]
 ) -> Tensor:
-    """DPM-Solver++ singlestep on given times: a step of order k takes k intervals, its inner nodes the times between.
+    """Sample with DPM-Solver++ singlestep: a step of order k takes k intervals, its inner nodes the times between.
 
     Args:
         times: float64 (N + 1,), falling; noise_model is called once at each but the last.
@@ -138,7 +96,7 @@ def dpm_solver_singlestep(
         d0 = data_prediction(x, s)
 
         def first_order(i: int, s: int = s, x: Tensor = x, d0: Tensor = d0) -> Tensor:
-            """The order-1 step from node s to node i."""
+            """Take the step of order 1 from node s to node i."""
             return (sigma[i] / sigma[s]) * x - alpha[i] * math.expm1(lam[s] - lam[i]) * d0
 
         if k == 1:
@@ -161,7 +119,7 @@ def dpm_solver_singlestep(
 
 
 def multistep_weights(lam: list[float]) -> list[float]:
-    """Weights w of x_t = sigma_t / sigma_s x_s + alpha_t (w[0] D_0 + w[1] D_1 + ...), the newest D first.
+    """Compute the weights w of x_t = sigma_t / sigma_s x_s + alpha_t (w[0] D_0 + w[1] D_1 + ...), the newest D first.
 
     They integrate e^(lambda - lambda_t) D(lambda) from lambda_s to lambda_t, D being the polynomial through the last k
     data predictions, k 2 or 3; for 2 with the paper's approximation (arXiv 2211.01095, algorithm 2).
@@ -186,65 +144,48 @@ def multistep_weights(lam: list[float]) -> list[float]:
 
 
 @torch.no_grad()
-def dpm_solver_multistep(
-    noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, times: Tensor, order: int
-) -> Tensor:
-    """DPM-Solver++ multistep: each step reuses the data predictions of the order - 1 before it.
+def dpm_solver_multistep(noise_model: NoiseModel, schedule: Schedule, x: Tensor, times: Tensor, order: int) -> Tensor:
+    """Sample with DPM-Solver++ multistep: each step reuses the data predictions of the order - 1 before it.
 
-    It starts with one singlestep step of one order less over as many intervals, which keeps the order of the whole (for
-    order 2 that is the published start).
+    The first step is a singlestep one of one order less over as many intervals, which keeps the order of the whole; for
+    order 2 that is the published start.
 
     Args:
         times: float64 (N + 1,), falling, N at least the order; noise_model is called once at each but the last.
         order: 2 or 3.
-
-    Raises:
-        ValueError: another order, or fewer steps than it.
     """
-    if order not in (2, 3):
-        raise ValueError(f"the multistep solver's order must be 2 or 3; found {order}")
     t, alpha, sigma, lam = at_nodes(schedule, times)
-    n = len(t) - 1
-    if n < order:
-        raise ValueError(
-            f"a solver of order {order} needs at least {order} steps; found {n}: raise config.sample.sample_steps"
-        )
-    weights = [multistep_weights(lam[i - order + 1 : i + 2]) for i in range(order - 1, n)]
+    weights = [multistep_weights(lam[i - order + 1 : i + 2]) for i in range(order - 1, len(t) - 1)]
     predictions = []  # of the data, newest first
 
-    def remembering(x: Tensor, time: float) -> Tensor:
+    def recording(x: Tensor, time: float) -> Tensor:
         eps, i = noise_model(x, time), len(predictions)
         predictions.insert(0, (x - sigma[i] * eps) / alpha[i])
         return eps
 
-    x = dpm_solver_singlestep(remembering, schedule, x, times[:order], [order - 1])
-    for i in range(order - 1, n):
+    x = dpm_solver_singlestep(recording, schedule, x, times[:order], [order - 1])
+    for i, step_weights in enumerate(weights, start=order - 1):
         newest = (x - sigma[i] * noise_model(x, t[i])) / alpha[i]
         predictions = [newest, *predictions[: order - 1]]
         x = (sigma[i + 1] / sigma[i]) * x
-        for weight, prediction in zip(weights[i - order + 1], predictions, strict=True):
+        for weight, prediction in zip(step_weights, predictions, strict=True):
             x = x + (alpha[i + 1] * weight) * prediction
     return x
 
 
-# --- DDIM and DDPM ----------------------------------------------------------------------------------------------------
+# --- DDIM, DDPM, Heun -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def ddim(
-    noise_model: NoiseModel,
-    schedule: SolverSchedule,
-    x: Tensor,
-    times: Tensor,
-    eta: float = 0.0,
-    draw: Draw | None = None,
+    noise_model: NoiseModel, schedule: Schedule, x: Tensor, times: Tensor, eta: float = 0.0, draw: Draw | None = None
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502, equation 12); with eta = 1, ancestral sampling of DDPM with the smaller variance.
+    """Sample with DDIM (arXiv 2010.02502, equation 12); with eta = 1, with DDPM's smaller variance.
 
     Args:
         times: float64 (N + 1,), falling; noise_model is called once at each but the last.
-        eta: share of the posterior's standard deviation that is drawn afresh at each move; the last draws none.
-        draw: gives standard normal noise of the shape of x; from the global generator when None.
+        eta: fraction of the posterior's standard deviation that is fresh noise in each step; none in the last.
+        draw: gives standard normal noise of the shape of x; None: from the global generator.
     """
     t, alpha, sigma, _ = at_nodes(schedule, times)
     last = len(t) - 2
@@ -259,14 +200,9 @@ def ddim(
     return x
 
 
-# --- Heun -------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def heun(
-    noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, times: Tensor, euler_last: bool = False
-) -> Tensor:
-    """Heun's method on d(x / alpha) / d(sigma / alpha) = eps (EDM, arXiv 2206.00364, algorithm 1 without churn).
+def heun(noise_model: NoiseModel, schedule: Schedule, x: Tensor, times: Tensor, euler_last: bool = False) -> Tensor:
+    """Sample with Heun's method on d(x / alpha) / d(sigma / alpha) = eps (arXiv 2206.00364, algorithm 1, no churn).
 
     Args:
         times: float64 (N + 1,), falling; two evaluations per interval.
@@ -291,73 +227,56 @@ def heun(
 
 @dataclass(frozen=True)
 class Solver:
-    """An entry of `SOLVERS`, called as solver(noise_model, schedule, x, steps, draw).
+    """An entry of `SOLVERS`: solver(noise_model, schedule, x, steps, draw) samples with an NFE of exactly `steps`."""
 
-    From noise x (B, C, H, W) at schedule.t_end to a sample at schedule.t_start, in exactly `steps` evaluations of the
-    noise model.
-    """
-
-    solve: Callable[[NoiseModel, SolverSchedule, Tensor, int, Draw | None], Tensor]
+    solve: Callable[[NoiseModel, Schedule, Tensor, int, Draw | None], Tensor]
     least_steps: int = 1
     draws: bool = False  # does it call draw?
+    continuous: bool = False  # does it need a sde.ContinuousSchedule?
 
     def __call__(
-        self, noise_model: NoiseModel, schedule: SolverSchedule, x: Tensor, steps: int, draw: Draw | None
+        self, noise_model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, draw: Draw | None = None
     ) -> Tensor:
         return self.solve(noise_model, schedule, x, steps, draw)
 
 
-# Grids: uniform in t where the released sampler or the paper has it; in lambda for the multistep solvers, which are far
-# more exact there (benchmarks/results/solvers.md); EDM's for heun.
+# config.sample.algorithm. Times are uniform in t where the released sampler or the paper has it, uniform in lambda for
+# the multistep solvers, which are far more exact there (benchmarks/results/solvers.md), and EDM's for heun.
 SOLVERS: dict[str, Solver] = {
-    "dpm_solver": Solver(lambda eps, schedule, x, steps, draw: dpm_solver_fast(eps, schedule, x, steps), least_steps=3),
-    "dpm_solver_2m": Solver(
-        lambda eps, schedule, x, steps, draw: dpm_solver_multistep(eps, schedule, x, lambda_times(schedule, steps), 2),
-        least_steps=2,
-    ),
-    "dpm_solver_3m": Solver(
-        lambda eps, schedule, x, steps, draw: dpm_solver_multistep(eps, schedule, x, lambda_times(schedule, steps), 3),
-        least_steps=3,
-    ),
-    "ddim": Solver(lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps))),
-    "ddpm": Solver(
-        lambda eps, schedule, x, steps, draw: ddim(eps, schedule, x, uniform_times(schedule, steps), 1.0, draw),
-        draws=True,
-    ),
-    "heun": Solver(
-        lambda eps, schedule, x, steps, draw: heun(
-            eps, schedule, x, karras_times(schedule, (steps + 1) // 2), euler_last=steps % 2 == 1
-        )
-    ),
-}
-
-SAMPLERS: dict[str, Solver] = {
-    **SOLVERS,
+    "dpm_solver": Solver(lambda f, s, x, n, _: dpm_solver_fast(f, s, x, n, 3), least_steps=3),  # released
+    "dpm_solver_1": Solver(lambda f, s, x, n, _: dpm_solver_fast(f, s, x, n, 1)),
+    "dpm_solver_2": Solver(lambda f, s, x, n, _: dpm_solver_fast(f, s, x, n, 2), least_steps=2),
+    "dpm_solver_2m": Solver(lambda f, s, x, n, _: dpm_solver_multistep(f, s, x, lambda_times(s, n), 2), least_steps=2),
+    "dpm_solver_3m": Solver(lambda f, s, x, n, _: dpm_solver_multistep(f, s, x, lambda_times(s, n), 3), least_steps=3),
+    "ddim": Solver(lambda f, s, x, n, _: ddim(f, s, x, uniform_times(s, n))),
+    "ddpm": Solver(lambda f, s, x, n, draw: ddim(f, s, x, uniform_times(s, n), 1.0, draw), draws=True),
+    "heun": Solver(lambda f, s, x, n, _: heun(f, s, x, karras_times(s, (n + 1) // 2), euler_last=n % 2 == 1)),
     "euler_maruyama_sde": Solver(
-        lambda eps, schedule, x, steps, draw: euler_maruyama(eps, schedule, x, steps, draw=draw), draws=True
+        lambda f, s, x, n, draw: euler_maruyama(f, s, x, n, draw=draw), least_steps=2, draws=True, continuous=True
     ),
     "euler_maruyama_ode": Solver(
-        lambda eps, schedule, x, steps, draw: euler_maruyama(eps, schedule, x, steps, ode=True)
+        lambda f, s, x, n, _: euler_maruyama(f, s, x, n, ode=True), least_steps=2, continuous=True
     ),
 }
 
 
-def solve(
-    noise_model: NoiseModel,
-    schedule: Schedule,
-    x: Tensor,
-    algorithm: str,
-    steps: int,
-    order: int = 3,
-    draw: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """From noise x (B, C, H, W) to a sample of its shape, in `steps` evaluations of eps(x, t).
+def check_steps(algorithm: str, steps: int, setting: str) -> None:
+    """Raise UserError where a solver cannot sample in so few steps; `setting` is what holds them."""
+    least = SOLVERS[algorithm].least_steps
+    if not least <= steps:
+        raise UserError(f"{setting} must be at least {least} for {algorithm}; found {steps}")
 
-    Args:
-        algorithm: a key of `SAMPLERS`.
-        order: of the algorithm dpm_solver.
-        draw: gives standard normal noise of the shape of x, where the algorithm draws any.
-    """
-    if algorithm == "dpm_solver":
-        return dpm_solver_fast(noise_model, schedule, x, steps, order)
-    return SAMPLERS[algorithm](noise_model, schedule, x, steps, draw)
+
+def check_guidance(scale: float, power: float | None, interval: tuple[float, float] | None = None) -> None:
+    """Raise UserError for a scale below 1, a negative power, or an interval that is none."""
+    if not 1 <= scale < math.inf:  # nor NaN
+        raise UserError(
+            f"the guidance scale must be at least 1 (1: none); found {scale:g} "
+            f"(a constant in the released code is one lower: its {scale:g} is --cfg={scale + 1:g} here)"
+        )
+    if not 0 <= (power or 0) < math.inf:
+        raise UserError(f"the power of the guidance schedule must be at least 0 (0: constant scale); found {power:g}")
+    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+        raise UserError(
+            f"config.sample.interval must be (low, high) in sigma / alpha with 0 <= low < high; found {tuple(interval)}"
+        )

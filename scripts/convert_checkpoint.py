@@ -157,7 +157,7 @@ def build_pipeline(model: Model) -> DiMRPipeline:
     nnet.load_state_dict(model.state, assign=True)
     return DiMRPipeline(
         DiMRNetwork.of(nnet, config.nnet.norm_type),
-        SolverScheduler(config.schedule, sample.algorithm, sample.order),
+        SolverScheduler(config.schedule, sample.algorithm),
         autoencoder.vae if autoencoder else None,
         config.schedule,
         dict(enumerate(model.class_names)),

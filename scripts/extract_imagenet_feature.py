@@ -5,10 +5,10 @@
 
 `--images` is ImageNet's `train/`, any folder with one folder per class, or a folder of images alone (no classes).
 The images are cropped as ADM does, and each is encoded as it is and mirrored. Any number of processes on any number
-of machines that share `--out` can work together. Stopped at any moment and started again with the same settings, it
-goes on where it was; on the same kind of device with the same `--batch_size` the result is the same bytes, whatever
-the number of processes. Images that cannot be read are listed at the end; the store is then only completed with
-`--skip_unreadable`. The format is described in docs/latents.md.
+of machines that share `--out` can work together. Re-run the command to resume: on the same kind of device with the same
+`--batch_size` the result is the same bytes, whatever the interruptions and the number of processes. Images that cannot
+be read are listed at the end; the store is then only completed with `--skip_unreadable`. The format is described in
+docs/latents.md.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,61 +30,51 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from libs import UserError
 from libs.autoencoder import load_autoencoder
-from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
+from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides, uint8_to_float
 from libs.latents import DTYPES, LatentStore, StoreWriter
-from libs.launch import errors_in_one_line
+from libs.launch import errors_in_one_line, raise_on_all_ranks
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w)
-T = TypeVar("T")
-CROP = "adm-centre"
+AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--images", required=True, help="folder with one folder per class, or of images alone")
-    parser.add_argument("--out", required=True, help="folder of the latent store")
-    parser.add_argument(
-        "--autoencoder",
-        default="assets/stable-diffusion/autoencoder_kl_ema.pth",
-        help="diffusers folder, hub id, or CompVis-named file",
-    )
-    parser.add_argument(
-        "--resolution", type=image_size, default=256, help="size of the crop in pixels: a side, or HEIGHTxWIDTH"
-    )
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
-    parser.add_argument(
-        "--batch_size", type=int, default=64, help="images per encoding (twice as many views with --flip)"
-    )
-    parser.add_argument(
-        "--shard_size", type=int, default=8192, help="images per file: the unit of work and of resuming"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=None, help="image-reading processes per process (default: all cores)"
-    )
-    parser.add_argument("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
+    add = parser.add_argument
+    add("--images", required=True, help="folder with one folder per class, or of images alone")
+    add("--out", required=True, help="folder of the latent store")
+    add("--autoencoder", default=AUTOENCODER, help="diffusers folder, hub id, or single file")
+    add("--resolution", type=image_size, default=256, help="size of the crop in pixels: a side, or HEIGHTxWIDTH")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
+    add("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
+    add("--batch_size", type=int, default=64, help="images per encoding (twice as many views with --flip)")
+    add("--shard_size", type=int, default=8192, help="images per file: the unit of work and of resuming")
+    add("--workers", type=int, default=None, help="image-reading processes per process (default: all cores)")
+    add("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "shard_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
-    if args.workers is not None and args.workers < 0:
-        parser.error(f"--workers must be at least 0, found {args.workers}")
+    if args.workers is None:
+        args.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if min(args.batch_size, args.shard_size) < 1 or args.workers < 0:
+        parser.error("--batch_size and --shard_size must be at least 1, --workers at least 0")
     return args
 
 
 def encode_batch(encode: Encode, images: torch.Tensor, flip: bool) -> np.ndarray:
-    """uint8 images (B, 3, H, W) -> moments (B * views, 2C, h, w) in numpy; a mirror image follows its image."""
+    """Encode uint8 images (B, 3, H, W) to moments (B * views, 2C, h, w); a mirror image follows its image."""
     if flip:
         images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
-    return encode(images.float().div_(127.5).sub_(1)).cpu().numpy()
+    return encode(uint8_to_float(images)).cpu().numpy()
 
 
 def sizes_digest(tree: ImageTree, first: int, last: int) -> str:
-    """SHA-256 of the sizes of 16 or more files of images first..last - 1 (-1: a dangling link), or of all if they are
-    fewer: tells other images of the same names, without asking a network disk for a million sizes."""
+    """SHA-256 of the sizes of 16 or more files of images first..last - 1, or of all if they are fewer.
+
+    It tells other images of the same names, without asking a network disk for a million sizes. -1: a dangling link.
+    """
     some = range(first, last, max(1, (last - first) // 16))
     sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in map(tree.path, some)]
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
@@ -100,31 +89,24 @@ def encode_shards(
     args: argparse.Namespace,
     show_progress: bool = True,
 ) -> list[tuple[int, str]]:
-    """Encode and write the given shards of the store.
+    """Encode and write the shards numbered `shards`.
 
     Reading and cropping run ahead in worker processes, and a finished shard is written by a thread, so that the
     encoder waits for neither. Batches start at the beginning of each shard, so their contents depend on nothing else.
-
-    Args:
-        writer: StoreWriter. shards: list of shard numbers. tree: ImageTree.
-        encode: function of float images (B, 3, H, W) in [-1, 1] on `device` to moments (B, 2C, h, w).
 
     Returns:
         [(image index, reason)] of the unreadable images. Unless args.skip_unreadable, their shards are not written.
     """
     ranges_of = {shard: batch_ranges(*writer.image_range(shard), args.batch_size) for shard in shards}
     ranges = [r for shard in shards for r in ranges_of[shard]]
-    batches = iter(
-        DataLoader(
-            ImageBatches(tree, ranges, args.resolution),
-            batch_size=None,
-            num_workers=min(args.workers, len(ranges)),
-            pin_memory=device.type == "cuda",
-        )
+    loader = DataLoader(
+        ImageBatches(tree, ranges, args.resolution),
+        batch_size=None,
+        num_workers=min(args.workers, len(ranges)),
+        pin_memory=device.type == "cuda",
     )
-    n_views = 2 if args.flip else 1
-    all_unreadable, writing = [], None
-    n_images = sum(stop - start for start, stop in ranges)
+    batches, all_unreadable, writing = iter(loader), [], None
+    n_views, n_images = 2 if args.flip else 1, sum(stop - start for start, stop in ranges)
     with ThreadPoolExecutor(1) as thread, tqdm(total=n_images, unit=" images", disable=not show_progress) as progress:
         for shard in shards:
             first, last = writer.image_range(shard)
@@ -143,45 +125,36 @@ def encode_shards(
             if writing is not None:
                 writing.result()  # raises what the thread raised, and keeps at most two shards in memory
             if args.skip_unreadable or not unreadable:
-                skipped = [i for i, _ in unreadable]
-                source = sizes_digest(tree, first, last)
+                skipped, source = [i for i, _ in unreadable], sizes_digest(tree, first, last)
                 writing = thread.submit(writer.write_shard, shard, records[:n_records], skipped, source)
         if writing is not None:
             writing.result()
     return all_unreadable
 
 
-def check_space(path: str | Path, n_bytes: int) -> None:
-    """Raises OSError if the file system of `path` has less than n_bytes free."""
-    free = shutil.disk_usage(path).free
-    if free < n_bytes:
-        raise OSError(
-            f"{path} needs {n_bytes / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free: free space, set "
-            f"another --out, or use --dtype float16"
-        )
-
-
 def extract(args: argparse.Namespace, state: PartialState) -> None:
-    """Make or complete the store `args.out`, working as one of `state`'s processes. Raises ValueError, OSError."""
+    """Make or complete the store `args.out`, working as one of `state`'s processes."""
     tree = ImageTree(args.images)
     autoencoder = load_autoencoder(args.autoencoder)
-    height, width = sides(args.resolution)
-    factor = autoencoder.downsample
+    (height, width), factor = sides(args.resolution), autoencoder.downsample
     if height % factor or width % factor:
-        raise ValueError(f"--resolution {args.resolution} is not a multiple of {factor}, as {args.autoencoder} needs")
+        raise UserError(f"--resolution {args.resolution} is not a multiple of {factor}, as {args.autoencoder} needs")
     settings = {
         "record_shape": [2 * autoencoder.latent_channels, height // factor, width // factor],
         "dtype": args.dtype,
         "resolution": args.resolution,
         "flips": args.flip,
-        "crop": CROP,
+        "crop": "adm-centre",
         "autoencoder": autoencoder.identity,
         "class_names": tree.class_names,
         "images_per_shard": args.shard_size,
         "source": {"kind": "images", "n_images": len(tree), "names_sha256": tree.digest},
     }
-    writer = StoreWriter(args.out, settings)
-    todo = run_on_main(state, lambda: prepare(writer, tree, args))
+    writer, todo = StoreWriter(args.out, settings), None
+    with raise_on_all_ranks(state):
+        if state.is_main_process:
+            todo = prepare(writer, tree, args)
+    (todo,) = broadcast_object_list([todo])
     if todo is None:
         return
 
@@ -189,81 +162,51 @@ def extract(args: argparse.Namespace, state: PartialState) -> None:
         torch.set_num_threads(1)  # the number of threads changes the last bits of a convolution
     torch.backends.cudnn.deterministic = True
     autoencoder.to(state.device)
-    mine = todo[state.process_index :: state.num_processes]
-    unreadable, failures = [], []
-    try:
-        unreadable = encode_shards(
-            writer, mine, tree, autoencoder.encode_moments, state.device, args, show_progress=state.is_main_process
-        )
-    except (ValueError, OSError) as error:  # the other processes finish their shards, which are kept
-        print(f"process {state.process_index} stopped: {error}", file=sys.stderr, flush=True)
-        failures = [str(error)]
-    unreadable, failures = sorted(gather_object(unreadable)), gather_object(failures)
-    run_on_main(state, lambda: finish(writer, tree, unreadable, failures, args))
+    mine, main = todo[state.process_index :: state.num_processes], state.is_main_process
+    with raise_on_all_ranks(state):  # the others finish their shards, which are kept
+        unreadable = encode_shards(writer, mine, tree, autoencoder.encode_moments, state.device, args, main)
+    unreadable = sorted(gather_object(unreadable))
+    with raise_on_all_ranks(state):
+        if main:
+            finish(writer, tree, unreadable, args)
 
 
 def prepare(writer: StoreWriter, tree: ImageTree, args: argparse.Namespace) -> list[int] | None:
     """Begin the store or look at what is there. Returns the numbers of the shards to encode, None if it is complete."""
-    writer.begin()
-    writer.check_sources(lambda shard: sizes_digest(tree, *writer.image_range(shard)))
+    todo = writer.begin(lambda shard: sizes_digest(tree, *writer.image_range(shard)))
     if writer.is_complete():
-        writer.remove_leftovers()
         print(f"{args.out} is complete with these settings ({len(LatentStore.open(args.out))} records): nothing to do")
         return None
-    done = writer.entries()
-    todo = [shard for shard in range(writer.n_shards) if shard not in done]
     n_images = sum(last - first for first, last in map(writer.image_range, todo))
     record_bytes = np.dtype(args.dtype).itemsize * int(np.prod(writer.settings["record_shape"]))
-    check_space(args.out, n_images * (2 if args.flip else 1) * record_bytes)
-    n_all, n_classes = writer.settings["source"]["n_images"], len(writer.settings["class_names"])
-    print(f"{n_all} images in {n_classes} classes; {n_images} to encode in {len(todo)} shards")
+    needed, free = n_images * (2 if args.flip else 1) * record_bytes, shutil.disk_usage(args.out).free
+    if needed > free:
+        raise UserError(
+            f"{args.out} needs {needed / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free: free space, set "
+            f"another --out, or use --dtype float16"
+        )
+    print(f"{len(tree)} images in {len(tree.class_names)} classes; {n_images} to encode in {len(todo)} shards")
     return todo
 
 
-def finish(
-    writer: StoreWriter,
-    tree: ImageTree,
-    unreadable: list[tuple[int, str]],
-    failures: list[str],
-    args: argparse.Namespace,
-) -> None:
+def finish(writer: StoreWriter, tree: ImageTree, unreadable: list[tuple[int, str]], args: argparse.Namespace) -> None:
     """Complete the store, or say why it is not complete."""
     if unreadable:
         print(f"{len(unreadable)} images cannot be read:", *[reason for _, reason in unreadable], sep="\n  ")
-    if failures:
-        raise OSError(failures[0])
-    if unreadable and not args.skip_unreadable:
-        raise ValueError(
-            f"{len(unreadable)} images (listed above) cannot be read: replace them, or give --skip_unreadable to leave "
-            f"them out; run again to complete {args.out}"
-        )
+        if not args.skip_unreadable:
+            raise UserError(
+                f"{len(unreadable)} images (listed above) cannot be read: replace them, or give --skip_unreadable to "
+                f"leave them out; re-run to complete {args.out}"
+            )
     writer.finish(tree.labels, tree.name)
     store = LatentStore.open(args.out)
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
-
-
-def run_on_main(state: PartialState, function: Callable[[], T]) -> T:
-    """What `function` returns on the main process, for all processes. If it fails there, the others end quietly."""
-    result, error = None, None
-    if state.is_main_process:
-        try:
-            result = function()
-        except (ValueError, OSError) as caught:
-            error = caught
-    result, failed = broadcast_object_list([result, error is not None])
-    if error is not None:
-        raise error
-    if failed:
-        sys.exit(1)
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     # Processes finish shards at different times: wait for hours, not for the default minutes.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
-    if args.workers is None:
-        args.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with errors_in_one_line():
         extract(args, state)
     state.wait_for_everyone()

@@ -5,9 +5,9 @@
 
 Formats: `uvit` ({index}.npy of U-ViT and DiMR: pickled moments and label), `fast-dit` (a folder with *_features/ and
 *_labels/) and `lightningdit` (.safetensors with latents, latents_flip and labels). The autoencoder is the one the
-features were made with; its content is recorded, and training checks it. The last two formats keep one drawn latent
+features were made with; its content is recorded, and training checks it. The last two formats keep one sampled latent
 instead of moments: it is stored as a mean with the least log-variance, so training sees that latent every time.
-Stopped and started again, it continues.
+Re-run the command to resume.
 """
 
 import argparse
@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from libs import UserError
 from libs.autoencoder import LOGVAR_RANGE, Autoencoder, load_autoencoder
 from libs.latent_formats import FORMATS
 from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import errors_in_one_line
-
-SCALED = {"uvit": False, "fast-dit": True, "lightningdit": False}  # whether sampled latents are times the scale
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,34 +44,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="whether sampled latents are times the scaling factor already (default: yes in fast-dit, else no)",
     )
     args = parser.parse_args(argv)
-    for name in ("n_classes", "shard_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
+    if min(args.n_classes, args.shard_size) < 1:
+        parser.error("--n_classes and --shard_size must be at least 1")
     return args
 
 
 def as_moments(values: np.ndarray, autoencoder: Autoencoder, scaled: bool) -> np.ndarray:
-    """(n, 2C, h, w) moments as they are; (n, C, h, w) sampled latents as means of a Gaussian without width."""
+    """Return moments (n, 2C, h, w) as they are, sampled latents (n, C, h, w) as means with the least log-variance."""
     channels = autoencoder.latent_channels
     if values.shape[1] == 2 * channels:
         return values
     if values.shape[1] != channels:
-        raise ValueError(
-            f"The features have {values.shape[1]} channels, but the autoencoder's moments {2 * channels} and its "
+        raise UserError(
+            f"the features have {values.shape[1]} channels, but the autoencoder's moments {2 * channels} and its "
             f"latents {channels}: set --autoencoder to the one they were made with"
         )
-    means = values / autoencoder.scaling_factor if scaled else values
+    means = autoencoder.denormalize(torch.from_numpy(values)).numpy() if scaled else values
     return np.concatenate([means, np.full_like(means, LOGVAR_RANGE[0])], axis=1)
 
 
 def import_latents(args: argparse.Namespace) -> None:
-    """Make or complete the store `args.out`. Raises ValueError, OSError."""
+    """Make or complete the store `args.out`."""
     source = FORMATS[args.format](args.source)
     autoencoder = load_autoencoder(args.autoencoder)
-    scaled = SCALED[args.format] if args.scaled is None else args.scaled
+    scaled = source.scaled if args.scaled is None else args.scaled
     first = as_moments(source.read(0, 1), autoencoder, scaled)[0]
     if not first.size:
-        raise ValueError(f"{args.source} holds empty records: expected (channels, h, w), found {first.shape}")
+        raise UserError(f"{args.source} holds empty records: expected (channels, h, w), found {first.shape}")
     height, width = (side * autoencoder.downsample for side in first.shape[1:])
     settings = {
         "record_shape": first.shape,
@@ -87,28 +86,22 @@ def import_latents(args: argparse.Namespace) -> None:
     writer = StoreWriter(args.out, settings)
 
     def digest(shard: int) -> str:
-        """Of the shard's first and last image: enough to tell one extraction from another, and soon read."""
+        """Digest the shard's first and last image, which tells one extraction from another."""
         start, stop = writer.image_range(shard)
-        return hashlib.sha256(
-            source.read(start, start + 1).tobytes() + source.read(stop - 1, stop).tobytes()
-        ).hexdigest()
+        ends = source.read(start, start + 1).tobytes() + source.read(stop - 1, stop).tobytes()
+        return hashlib.sha256(ends).hexdigest()
 
-    writer.begin()
-    writer.check_sources(digest)
+    todo, labels = writer.begin(digest), []
     if writer.is_complete():
-        writer.remove_leftovers()
         print(f"{args.out} is complete with these settings: nothing to do")
         return
-    done, labels = writer.entries(), []
     for shard in tqdm(range(writer.n_shards), unit=" shards"):
         start, stop = writer.image_range(shard)
         labels.append(source.labels(start, stop))
         low, high = labels[-1].min(), labels[-1].max()
-        if low < 0:
-            raise ValueError(f"{args.source} holds labels from {low}: expected 0 to n_classes - 1, extract it again")
-        if high >= args.n_classes:
-            raise ValueError(f"{args.source} holds labels from {low} to {high}: set --n_classes to more than {high}")
-        if shard not in done:
+        if low < 0 or high >= args.n_classes:
+            raise UserError(f"{args.source} holds labels from {low} to {high}: expected 0 to --n_classes - 1")
+        if shard in todo:
             records = as_moments(source.read(start, stop), autoencoder, scaled)
             writer.write_shard(shard, records, source=digest(shard))
     writer.finish(np.concatenate(labels))

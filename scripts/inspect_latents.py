@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.autoencoder import Autoencoder, load_autoencoder, sample_latents
+from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.files import check_writable, replacing
+from libs.images import float_to_uint8
 from libs.latents import LatentStore
 from libs.launch import errors_in_one_line
 
@@ -39,16 +40,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def describe(store: LatentStore) -> str:
-    """What the index says, for people."""
+    """Return what the index says, for people."""
     meta = store.meta
-    counts = np.array(meta["images_per_class"])
+    counts = meta["images_per_class"]
     n_bytes = sum(entry["bytes"] for entry in [*meta["shards"], meta["labels"]])
     names = ", ".join(store.class_names[:8]) + (", ..." if store.n_classes > 8 else "")
     lines = {
         "records": f"{len(store):,} of shape {store.record_shape} {store.dtype} ({n_bytes / 1e9:.3f} GB)",
         "images": f"{meta['n_images']:,}, flips: {meta['flips']}, left out as unreadable: {len(meta['skipped'])}",
         "crop": f"{meta['crop']}, resolution {meta['resolution']}",
-        "classes": f"{store.n_classes} with {counts.min():,} to {counts.max():,} images: {names}",
+        "classes": f"{store.n_classes} with {min(counts):,} to {max(counts):,} images: {names}",
         "autoencoder": f"sha256 {store.autoencoder['sha256']}, scaling factor {store.autoencoder['scaling_factor']}",
         "source": str(meta["source"]),
         "files": f"{len(meta['shards'])} shards, format {meta['format']} version {meta['version']}",
@@ -57,23 +58,19 @@ def describe(store: LatentStore) -> str:
 
 
 def draw_samples(store: LatentStore, autoencoder: Autoencoder, n: int) -> Image.Image:
-    """A sheet of up to n decoded records, evenly spread over the store, each above its class name."""
-    indices = np.unique(np.linspace(0, len(store) - 1, n).round().astype(int))
-    records, labels = store.read(indices)
+    """Draw up to n decoded records, evenly spread over the store, each above its class name."""
+    records, labels = store.read(np.unique(np.linspace(0, len(store) - 1, n).round().astype(int)))
     moments = torch.from_numpy(records)
     noise = torch.randn(moments.chunk(2, dim=1)[0].shape, generator=torch.Generator().manual_seed(0))
-    pixels = autoencoder.decode(sample_latents(moments, noise, autoencoder.scaling_factor))
-    pixels = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    height, width = pixels.shape[1:3]
+    pixels = float_to_uint8(autoencoder.decode(autoencoder.sample_latents(moments, noise))).permute(0, 2, 3, 1).numpy()
     columns = int(np.ceil(np.sqrt(len(pixels))))
-    rows = -(-len(pixels) // columns)
-    cell = (max(width, 64), height + CAPTION_HEIGHT)
-    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
-    draw = ImageDraw.Draw(sheet)
+    width, height = max(pixels.shape[2], 64), pixels.shape[1] + CAPTION_HEIGHT
+    sheet = Image.new("RGB", (columns * width, -(-len(pixels) // columns) * height), "white")
     for k, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-        left, top = k % columns * cell[0], k // columns * cell[1]
+        left, top = k % columns * width, k // columns * height
         sheet.paste(Image.fromarray(image), (left, top))
-        draw.text((left + 2, top + height + 2), store.class_names[label][: cell[0] // 6], fill="black")
+        name = store.class_names[label][: width // 6]
+        ImageDraw.Draw(sheet).text((left + 2, top + pixels.shape[1] + 2), name, fill="black")
     return sheet
 
 
@@ -88,10 +85,9 @@ def inspect(args: argparse.Namespace) -> None:
     if args.png:
         autoencoder = load_autoencoder(args.autoencoder)
         store.check_against(autoencoder=autoencoder.identity)
-        sheet = draw_samples(store, autoencoder, args.samples)
         Path(args.png).parent.mkdir(parents=True, exist_ok=True)
         with replacing(args.png, "set --png") as file:
-            sheet.save(file, format="png")
+            draw_samples(store, autoencoder, args.samples).save(file, format="png")
         print(f"{'samples':12} {args.png}")
 
 

@@ -11,8 +11,6 @@ Running it again does nothing.
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +21,8 @@ from sklearn.model_selection import train_test_split
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from libs import UserError
+from libs.files import replacing_folder
 from libs.launch import errors_in_one_line
 
 IMAGE_SIZE = 32
@@ -31,15 +31,15 @@ SPLIT_SEED = 0
 
 
 def enlarge(digit: np.ndarray) -> np.ndarray:
-    """One digit (8, 8) of values 0..16 -> (32, 32, 3) uint8, white strokes on black."""
+    """Enlarge one digit (8, 8) of values 0..16 to (32, 32, 3) uint8, white strokes on black."""
     u = Image.fromarray((digit / 16).astype(np.float32))
     u = np.asarray(u.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-    grey = 1 / (1 + np.exp(-10 * (u - 0.5)))
-    return np.repeat(np.round(255 * grey).astype(np.uint8)[:, :, None], 3, axis=2)
+    gray = 1 / (1 + np.exp(-10 * (u - 0.5)))
+    return np.repeat(np.round(255 * gray).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """The fixed stratified split: {"train": indices, "held_out": indices} into `load_digits`, each sorted."""
+    """Return the fixed stratified split, {"train": indices, "held_out": indices} into `load_digits`, each sorted."""
     train, held_out = train_test_split(
         np.arange(len(labels)), test_size=N_HELD_OUT, stratify=labels, random_state=SPLIT_SEED
     )
@@ -47,33 +47,25 @@ def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def make_digits(out: str | Path) -> dict[str, int] | None:
-    """Write the two trees under `out` unless they are there. Returns {"train": count, "held_out": count} if written.
+    """Write the two trees under `out`, whole or not at all. Returns {"train": count, "held_out": count}, None if there.
 
-    The trees are made under a temporary name and renamed, so `out` is complete whenever it exists.
+    Raises UserError if `out` holds something else.
     """
-    out = Path(out)
-    digits = load_digits()
+    out, digits = Path(out), load_digits()
     splits = split_indices(digits.target)
+    counts = {split: len(indices) for split, indices in splits.items()}
     if out.exists():
         found = {split: len(list((out / split).glob("*/*.png"))) for split in splits}
-        if found == {split: len(indices) for split, indices in splits.items()}:
+        if found == counts:
             return None
-        raise ValueError(
-            f"{out} exists but does not hold the digits (expected {len(splits['train'])} images in train/ and "
-            f"{len(splits['held_out'])} in held_out/, found {found['train']} and {found['held_out']}): "
-            f"remove it, or give another --out"
-        )
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    try:
+        raise UserError(f"{out} does not hold the digits, {counts}, but {found}: remove it, or give another --out")
+    with replacing_folder(out) as temporary:
         for split, indices in splits.items():
             for i in indices:
                 folder = temporary / split / str(digits.target[i])
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(enlarge(digits.images[i])).save(folder / f"{i:04d}.png")
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return {split: len(indices) for split, indices in splits.items()}
+    return counts
 
 
 def main() -> None:

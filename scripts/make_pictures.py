@@ -8,8 +8,6 @@ side, without classes. Nothing is downloaded, and the same pictures come out eve
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from sklearn.datasets import load_digits, load_sample_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from libs import UserError
+from libs.files import replacing_folder
 from libs.launch import errors_in_one_line
 from scripts.make_digits import enlarge, split_indices
 
@@ -27,7 +27,7 @@ SMALLEST, LARGEST = 64, 128  # sides of a crop in pixels
 
 
 def write_pairs(folder: Path, n: int, rng: np.random.Generator) -> None:
-    """n pairs of training digits, the classes taking turns on the left."""
+    """Write n pairs of training digits, the classes taking turns on the left."""
     digits = load_digits()
     chosen = split_indices(digits.target)["train"]
     of_class = [rng.permutation(chosen[digits.target[chosen] == label]) for label in range(N_CLASSES)]
@@ -41,37 +41,30 @@ def write_pairs(folder: Path, n: int, rng: np.random.Generator) -> None:
 
 
 def write_crops(folder: Path, n: int, rng: np.random.Generator) -> None:
-    """n pieces of the two photographs, at random places and of random sizes."""
+    """Write n pieces of the two photographs, at random places and of random sizes."""
     photos = load_sample_images().images
     folder.mkdir(parents=True)
     for i in range(n):
         photo = photos[i % len(photos)]
         height, width = rng.integers(SMALLEST, LARGEST + 1, 2)
-        top, left = (
-            rng.integers(0, whole - side + 1) for whole, side in zip(photo.shape, (height, width), strict=False)
-        )
+        top, left = rng.integers(0, photo.shape[0] - height + 1), rng.integers(0, photo.shape[1] - width + 1)
         Image.fromarray(photo[top : top + height, left : left + width]).save(folder / f"{i:05d}.png")
 
 
 def make_pictures(out: str | Path, n: int) -> bool:
-    """Write both folders under `out`, n pictures each, unless they are there; returns whether anything was written.
+    """Write both folders under `out`, n pictures each, unless they are there; return whether anything was written.
 
-    Raises:
-        ValueError: `out` holds something else.
+    Raises UserError if `out` holds something else.
     """
     out = Path(out)
     if out.exists():
         found = {name: len(list((out / name).rglob("*.png"))) for name in ("pairs", "crops")}
         if set(found.values()) == {n}:
             return False
-        raise ValueError(f"{out} exists, expected {n} pictures in each of its folders, found {found}: remove it")
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    try:
+        raise UserError(f"{out} exists, expected {n} pictures in each of its folders, found {found}: remove it")
+    with replacing_folder(out) as temporary:
         write_pairs(temporary / "pairs", n, np.random.default_rng(0))
         write_crops(temporary / "crops", n, np.random.default_rng(1))
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return True
 
 
@@ -84,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_one_line():
         if args.n < N_CLASSES:
-            raise ValueError(f"--n must be at least {N_CLASSES}, a pair of each class; found {args.n}")
+            raise UserError(f"--n must be at least {N_CLASSES}, a pair of each class; found {args.n}")
         written = make_pictures(args.out, args.n)
     print(f"{args.out}: {args.n} pictures in each of pairs/ and crops/" if written else f"{args.out}: nothing to do")
 

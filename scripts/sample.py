@@ -40,11 +40,11 @@ from libs import launch
 from libs.checkpoint import PIPELINE_FILE, checkpoint_folders, find_weights, load_weights, read_state_dict
 from libs.class_names import class_label
 from libs.compilation import compile_network, round_weights
-from libs.files import naming_the_way_out, replacing
+from libs.files import advise_on_write_error, replacing
 from libs.launch import errors_in_one_line
 from libs.pictures import check_finite, finite, to_uint8
 from libs.randomness import SampleNoise
-from libs.solvers import solve
+from libs.solvers import SOLVERS
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
 AXES = ("class", "sample", "guidance", "steps")
@@ -138,48 +138,27 @@ class Model:
         settings = config.sample
         if self.weaker is not None:
             raise ValueError("a trajectory shows a network guided by itself: config.sample.autoguidance_path is set")
-        outputs = ()
         bar = self.progress(settings.sample_steps)
-
-        def watched(*arguments: Tensor) -> tuple[Tensor, ...]:
-            nonlocal outputs
-            outputs = self.nnet(*arguments)
-            bar.update()
-            return outputs
-
         noise = SampleNoise(indices, config.seed, tuple(config.z_shape), self.accelerator.device)
         y = torch.tensor(labels, device=self.accelerator.device)
-        guided = sde.guided_noise_model(
-            watched, self.schedule, y, self.nnet.null_label, settings.scale, settings.scale_pow, settings.interval
+        predict = sde.guided_predictions(
+            self.nnet, self.schedule, y, self.nnet.null_label, settings.scale, settings.scale_pow, settings.interval
         )
         times, estimates = [], []
 
         def noise_model(x: Tensor, t: float) -> Tensor:
-            eps = guided(x, t)
+            predictions = predict(x, t)
+            bar.update()
             times.append(t)
-            estimates.append([self.estimate(x, t, self.guide(p, len(x), t, settings)) for p in outputs])
-            return eps
+            estimates.append([self.estimate(x, t, eps) for eps in predictions])
+            return predictions[-1]
 
         with bar, self.accelerator.autocast():
-            x = solve(
-                noise_model,
-                self.schedule,
-                noise.draw(),
-                settings.algorithm,
-                settings.sample_steps,
-                settings.order,
-                noise.draw,
-            )
+            solver = SOLVERS[settings.algorithm]
+            x = solver(noise_model, self.schedule, noise.draw(), settings.sample_steps, noise.draw)
         shown = sorted({round(i) for i in np.linspace(0, len(times) - 1, MOST_TIMES)})
         pictures = [[self.decoded(x_0) for x_0 in estimates[i]] for i in shown]
         return [times[i] for i in shown], pictures, self.decoded(x)
-
-    def guide(self, prediction: Tensor, n: int, t: float, settings: ml_collections.ConfigDict) -> Tensor:
-        """A branch's prediction with guidance, where it was made for both halves."""
-        if len(prediction) == n:
-            return prediction.float()
-        cond, uncond = prediction.float().chunk(2)
-        return torch.lerp(uncond, cond, sde.guidance_weight(t, settings.scale, settings.scale_pow))
 
     def estimate(self, x: Tensor, t: float, eps: Tensor) -> Tensor:
         """x_0 at the resolution of a noise prediction eps, which is ratio times the mean noise there (sde.py)."""
@@ -243,7 +222,7 @@ def broken(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 def save(draw: Callable[[], Image.Image], path: Path) -> None:
     """Draw a picture into a file. Raises OSError, before it is drawn, where the file cannot be written."""
-    with naming_the_way_out(path, "set --grid"):
+    with advise_on_write_error(path, "set --grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise ValueError(f"--grid should be the picture to write; {path} is a folder")

@@ -14,8 +14,6 @@ fills the parts of the latent that the digits do not need with plain Gaussian no
 
 import argparse
 import math
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -30,8 +28,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.files import check_writable, replacing
-from libs.images import ImageTree, read_image
+from libs import UserError
+from libs.files import check_writable, replacing, replacing_folder
+from libs.images import ImageTree, float_to_uint8, read_image, uint8_to_float
 from libs.launch import errors_in_one_line
 
 IMAGE_SIZE = 32
@@ -39,14 +38,14 @@ MAX_SHIFT = 2  # pixels; the digits leave at least this much black around them
 
 
 def read_images(root: str | Path) -> Tensor:
-    """A class-per-folder tree -> (N, 3, 32, 32) float32 in [-1, 1], in the order of the paths."""
+    """Read a class-per-folder tree as (N, 3, 32, 32) float32 in [-1, 1], in the order of the paths."""
     tree = ImageTree(root)
     pixels = np.stack([read_image(tree.path(i), IMAGE_SIZE) for i in range(len(tree))])
-    return torch.from_numpy(pixels).float() / 127.5 - 1
+    return uint8_to_float(torch.from_numpy(pixels))
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """The autoencoder: 3 x 32 x 32 images to 4 x 8 x 8 latents, 0.41M parameters, 1.6 MB in float32."""
+    """Build the autoencoder: 3 x 32 x 32 images to 4 x 8 x 8 latents, 0.41M parameters, 1.6 MB in float32."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -62,7 +61,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of (B, 3, H, W) moved by up to MAX_SHIFT pixels in both directions, black moving in."""
+    """Move each image of (B, 3, H, W) by up to MAX_SHIFT pixels in both directions, black moving in."""
     height, width = images.shape[2:]
     padded = F.pad(images, (MAX_SHIFT,) * 4, value=-1.0)
     offsets = torch.randint(0, 2 * MAX_SHIFT + 1, (len(images), 2), generator=generator).tolist()
@@ -118,23 +117,12 @@ def measure(autoencoder: AutoencoderKL, images: Tensor, seed: int = 0) -> dict:
     }
 
 
-def save(autoencoder: AutoencoderKL, out: Path) -> int:
-    """Save the diffusers folder under a temporary name and rename it."""
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    try:
-        autoencoder.to(memory_format=torch.contiguous_format).save_pretrained(temporary)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return sum(path.stat().st_size for path in out.iterdir())
-
-
 def side_by_side(originals: Tensor, reconstructions: Tensor, path: Path, n_columns: int = 20, n_rows: int = 5) -> None:
     """Write a PNG of rows of originals, each above its reconstructions; both (N, 3, H, W) in [-1, 1], all classes."""
     rows = []
     for chosen in torch.linspace(0, len(originals) - 1, n_rows * n_columns).long().split(n_columns):
         rows += [torch.cat(tuple(originals[chosen]), dim=2), torch.cat(tuple(reconstructions[chosen]), dim=2)]
-    grid = torch.cat(rows, dim=1).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    grid = float_to_uint8(torch.cat(rows, dim=1))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "set --picture") as file:
         Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(file, format="png")
@@ -142,63 +130,53 @@ def side_by_side(originals: Tensor, reconstructions: Tensor, path: Path, n_colum
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="workdir/quickstart/digits/train", help="class-per-folder training images")
-    parser.add_argument(
-        "--held_out", default="workdir/quickstart/digits/held_out", help="images to measure the error on"
-    )
-    parser.add_argument("--out", default="assets/digits_autoencoder", help="diffusers folder to write")
-    parser.add_argument("--picture", help="PNG to write with held-out images above their reconstructions")
-    parser.add_argument("--n_steps", type=int, default=1500)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--kl_weight", type=float, default=2e-3, help="weight of the KL in nats per latent element")
-    parser.add_argument("--seed", type=int, default=1234)
+    add = parser.add_argument
+    add("--images", default="workdir/quickstart/digits/train", help="class-per-folder training images")
+    add("--held_out", default="workdir/quickstart/digits/held_out", help="images to measure the error on")
+    add("--out", default="assets/digits_autoencoder", help="diffusers folder to write")
+    add("--picture", help="PNG to write with held-out images above their reconstructions")
+    add("--n_steps", type=int, default=1500)
+    add("--batch_size", type=int, default=32)
+    add("--lr", type=float, default=2e-3)
+    add("--kl_weight", type=float, default=2e-3, help="weight of the KL in nats per latent element")
+    add("--seed", type=int, default=1234)
     args = parser.parse_args()
     with errors_in_one_line():
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
+    for name, least in (("n_steps", 1), ("batch_size", 1), ("lr", 0), ("kl_weight", 0)):
+        if not least <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must be at least {least}; found {getattr(args, name)}")
     out = Path(args.out)
     if out.exists():
-        raise ValueError(f"{out} exists: remove it, or give another --out")
-    for name in ("n_steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1; found {getattr(args, name)}")
-    if not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr must be above 0; found {args.lr}")
-    if not 0 <= args.kl_weight < math.inf:
-        raise ValueError(f"--kl_weight must be at least 0; found {args.kl_weight}")
+        raise UserError(f"{out} exists: remove it, or give another --out")
     check_writable(out, folder=True)
     if args.picture:
         check_writable(args.picture, "--picture", [".png"])
     images, held_out = read_images(args.images), read_images(args.held_out)
+    settings = {name: getattr(args, name) for name in ("n_steps", "batch_size", "lr", "kl_weight", "seed")}
     started = time.perf_counter()
-    autoencoder = train(
-        images,
-        n_steps=args.n_steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        kl_weight=args.kl_weight,
-        seed=args.seed,
-    )
+    autoencoder = train(images, **settings)
     seconds = time.perf_counter() - started
     latents = measure(autoencoder, images)["latents"]
     # The published rule for latents: scaled to unit variance over the training set.
     autoencoder.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    n_bytes = save(autoencoder, out)
+    with replacing_folder(out) as temporary:
+        autoencoder.to(memory_format=torch.contiguous_format).save_pretrained(temporary)
+    n_bytes = sum(path.stat().st_size for path in out.iterdir())
     result = measure(autoencoder, held_out)
     if args.picture:
         side_by_side(held_out, result["reconstructions"], Path(args.picture))
     channel_std = ", ".join(f"{std:.2f}" for std in latents.std(dim=(0, 2, 3)))
-    print(f"{out}: {n_bytes / 1e6:.2f} MB after {seconds:.0f} s on {torch.get_num_threads()} thread(s)")
     print(
+        f"{out}: {n_bytes / 1e6:.2f} MB after {seconds:.0f} s on {torch.get_num_threads()} thread(s)\n"
         f"held-out PSNR {result['psnr_mean']:.2f} dB from mean latents, "
-        f"{result['psnr_sampled']:.2f} dB from sampled ones"
-    )
-    print(f"scaling_factor {autoencoder.config.scaling_factor}; latent std per channel {channel_std}")
-    print(
-        f"mean posterior std {result['posterior_std']:.3f}; decoding {len(held_out)}: {result['decode_seconds']:.2f} s"
+        f"{result['psnr_sampled']:.2f} dB from sampled ones\n"
+        f"scaling_factor {autoencoder.config.scaling_factor}; latent std per channel {channel_std}\n"
+        f"mean posterior std {result['posterior_std']:.3f}; decoding {len(held_out)}: "
+        f"{result['decode_seconds']:.2f} s"
     )
 
 

@@ -37,7 +37,7 @@ def run(*command: str, processes: int = 1, env: dict | None = None, timeout: int
 
 @pytest.fixture(scope="session")
 def tiny_autoencoder(tmp_path_factory) -> Path:
-    """A randomly initialised AutoencoderKL, 16x16 -> 4x8x8, as a diffusers folder."""
+    """A randomly initialized AutoencoderKL, 16x16 -> 4x8x8, as a diffusers folder."""
     from diffusers import AutoencoderKL
 
     folder = tmp_path_factory.mktemp("autoencoder")

@@ -7,6 +7,7 @@ from test_network import inputs, small_model
 
 from benchmarks import kernels as benchmark
 from libs import depthwise
+from libs.compilation import TRITON_FORMS, checkpoint_activations, use_forms
 
 # One unit in the last place of a result; the interpreter truncates to bfloat16, where a GPU rounds.
 ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -79,23 +80,21 @@ def numeric(function, arguments):
 
 
 def test_a_network_computes_the_same():
-    """In training with recomputation, which keeps the convolutions' results."""
-    model, arguments = small_model().train(), inputs(batch=1)
-    model.recompute(1, keep_products=True)
-    names, found = list(model.state_dict()), []
-    for kernel in depthwise.KERNELS:
-        model.use_depthwise_kernel(kernel)
-        model.zero_grad()
+    """In training with selective checkpointing, which keeps the convolutions' results."""
+    arguments, found = inputs(batch=1), []
+    for forms in ({}, TRITON_FORMS):
+        model = small_model().train()
+        use_forms(model, forms)
+        checkpoint_activations(model, "selective")
         outputs = model(*arguments)
         sum(output.square().mean() for output in outputs).backward()
-        found.append([*(o.detach() for o in outputs), *(p.grad.clone() for p in model.parameters())])
+        found.append([*(o.detach() for o in outputs), *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-    assert list(model.state_dict()) == names
 
 
 def test_a_block_compiles_as_one_graph():
     block, x = small_model().stages[1].blocks[0], torch.randn(1, 2, 3, 8, requires_grad=True)
-    block.kernel = "triton"
+    use_forms(block, TRITON_FORMS)
     results = []
     for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,21 +1,12 @@
-"""The depthwise convolution: PyTorch's unless told otherwise, and the Triton kernels as far as a CPU can show."""
+"""The depthwise convolution's own backward pass, and the Triton kernels as far as a CPU can show."""
 
 import pytest
 import torch
 from conftest import load_config, run
-from torch import nn
 
 import utils
 from libs import cost, depthwise
-from libs.dimr import ConvNeXtBlock
-
-
-def test_pytorchs_is_the_module_bit_for_bit():
-    torch.manual_seed(0)
-    conv, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(2, 5, 9, 6)
-    expected = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    assert torch.equal(depthwise.depthwise_conv(x, conv.weight, conv.bias), expected)
-    assert torch.equal(depthwise.depthwise_conv(x, conv.weight, conv.bias, residual=True), x + expected)
+from libs.compilation import TRITON_FORMS, use_forms
 
 
 @pytest.mark.parametrize("size", [(2, 5, 9, 6, 7), (3, 4, 4, 5, 1), (1, 2, 3, 4, 5)])
@@ -24,14 +15,14 @@ def test_as_one_operation_it_has_pytorchs_gradients(size):
     *shape, k = size
     x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape[-1], 1, k, k, dtype=torch.float64)
     leaves = [leaf.requires_grad_() for leaf in (x, weight)]
-    expected, found = depthwise.as_image_convolution(*leaves, None), depthwise.image_convolution(*leaves)
+    expected, found = depthwise.as_image_convolution(*leaves), depthwise.depthwise_conv(*leaves)
     assert torch.equal(found, expected)
     along = torch.randn(found.shape, dtype=torch.float64)
     gradients = torch.autograd.grad(found, leaves, along)
     for ours, pytorchs in zip(gradients, torch.autograd.grad(expected, leaves, along), strict=True):
         torch.testing.assert_close(ours, pytorchs, rtol=1e-12, atol=1e-12)
     for i, leaf in enumerate(leaves):  # with the other frozen
-        alone = depthwise.image_convolution(*(other if other is leaf else other.detach() for other in leaves))
+        alone = depthwise.depthwise_conv(*(other if other is leaf else other.detach() for other in leaves))
         gradient = torch.autograd.grad(alone, leaf, along)[0]
         assert torch.equal(gradient, gradients[i]) and gradient.stride() == leaf.stride()
 
@@ -40,7 +31,7 @@ def test_in_bfloat16_the_gradient_of_the_weights_is_summed_in_float32():
     torch.manual_seed(0)
     x, weight, along = torch.randn(8, 16, 16, 6), torch.randn(6, 1, 7, 7), torch.randn(8, 16, 16, 6)
     found, exact = (
-        depthwise.image_convolution_gradients(*(a.bfloat16().to(dtype) for a in (along, x, weight)), True, True)
+        depthwise.depthwise_gradients(*(a.bfloat16().to(dtype) for a in (along, x, weight)), True, True)
         for dtype in (torch.bfloat16, torch.float64)
     )
     for ours, wanted in zip(found, exact, strict=True):
@@ -50,9 +41,9 @@ def test_in_bfloat16_the_gradient_of_the_weights_is_summed_in_float32():
 
 def test_as_one_operation_it_is_registered_well():
     x, weight = torch.randn(2, 3, 4, 6), torch.randn(6, 1, 3, 3)
-    torch.library.opcheck(depthwise.image_convolution, (x.requires_grad_(), weight.requires_grad_()))
+    torch.library.opcheck(depthwise.depthwise_conv, (x.requires_grad_(), weight.requires_grad_()))
     for needed in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(depthwise.image_convolution_gradients, (x.detach(), x.detach(), weight.detach(), *needed))
+        torch.library.opcheck(depthwise.depthwise_gradients, (x.detach(), x.detach(), weight.detach(), *needed))
 
 
 def test_kernels_in_the_interpreter():
@@ -93,36 +84,9 @@ def test_without_triton():
 def test_the_operations_count_as_before():
     config = load_config("DiMR-XL-2R_imagenet256")
     nnet = utils.build_network_on_meta(config)
-    nnet.use_depthwise_kernel("triton")
+    use_forms(nnet, TRITON_FORMS)
     branches = cost.branch_costs(nnet, tuple(config.z_shape))
     assert sum(branch.multiply_adds for branch in branches) / 1e9 == pytest.approx(160.18, abs=0.01)
-
-
-def test_pytorch_is_the_default():
-    config = load_config("digits")
-    assert config.train.depthwise_kernel == config.sample.depthwise_kernel == "torch"
-    blocks = [m for m in utils.build_network(config).modules() if isinstance(m, ConvNeXtBlock)]
-    assert blocks and all(block.kernel == "torch" for block in blocks)
-
-
-def test_what_cannot_be(monkeypatch, tiny_config):
-    nnet, setting = utils.build_network_on_meta(tiny_config), "config.train.depthwise_kernel"
-    with pytest.raises(ValueError, match=f"{setting} is triton, which needs a CUDA device .* found device cpu"):
-        utils.choose_depthwise_kernel(nnet, "triton", setting, torch.device("cpu"))
-    monkeypatch.setattr(depthwise, "kernels", None)
-    with pytest.raises(ValueError, match=f"{setting} is triton, .* no package of that name: set it to torch"):
-        utils.choose_depthwise_kernel(nnet, "triton", setting, torch.device("cuda"))
-    tiny_config.train.depthwise_kernel = "cudnn"
-    with pytest.raises(ValueError, match=f"{setting} must be one of torch, triton; found 'cudnn'"):
-        utils.check_training(tiny_config)
-    tiny_config.sample.depthwise_kernel = ""
-    with pytest.raises(ValueError, match="depthwise_kernel must be one of torch, triton; found ''"):
-        utils.check_sampling(tiny_config)
-    x, weight = torch.zeros(1, 3, 3, 2, dtype=torch.float64), torch.zeros(2, 1, 3, 3)
-    with pytest.raises(ValueError, match=r"takes float32, bfloat16 and float16; found torch\.float64"):
-        depthwise.depthwise_conv(x, weight, None, kernel="triton")
-    with pytest.raises(ValueError, match="expected an odd kernel and one of torch, triton; found 2 and 'torch'"):
-        depthwise.depthwise_conv(x, weight[..., :2, :2], None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

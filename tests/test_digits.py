@@ -98,8 +98,8 @@ def test_autoencoder_is_small():
     [
         ("--n_steps=0", "--n_steps must be at least 1; found 0"),
         ("--batch_size=0", "--batch_size must be at least 1; found 0"),
-        ("--lr=nan", "--lr must be above 0; found nan"),
-        ("--lr=-1", "--lr must be above 0; found -1"),
+        ("--lr=nan", "--lr must be at least 0; found nan"),
+        ("--lr=-1", "--lr must be at least 0; found -1"),
         ("--kl_weight=-1", "--kl_weight must be at least 0; found -1"),
         ("--picture=p.foo", "--picture must end in .png; found p.foo"),
         ("--out=/proc/x", "Cannot write /proc/x: .*, or set --out"),

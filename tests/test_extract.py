@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import train
+from libs import UserError
 from libs.autoencoder import load_autoencoder
-from libs.images import centre_crop
+from libs.images import center_crop
 from libs.latents import LatentStore
 from scripts import extract_imagenet_feature
 
@@ -64,7 +65,7 @@ def test_store_holds_the_moments_of_crops_and_their_mirror_images(images, tmp_pa
     loaded = load_autoencoder(autoencoder)
     store.check_against(autoencoder=loaded.identity)
     for i, file in enumerate(sorted(images.glob("*/*.png"))):
-        crop = torch.from_numpy(centre_crop(Image.open(file), 16).copy()).permute(2, 0, 1)[None]
+        crop = torch.from_numpy(center_crop(Image.open(file), 16).copy()).permute(2, 0, 1)[None]
         views = torch.cat([crop, crop.flip(-1)]).float() / 255 * 2 - 1
         records, labels = store.read([2 * i, 2 * i + 1])
         torch.testing.assert_close(torch.from_numpy(records), loaded.encode_moments(views), atol=1e-4, rtol=1e-4)
@@ -123,7 +124,7 @@ def test_running_again_does_nothing_and_other_settings_are_refused(images, tmp_p
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()} == before
 
 
-def test_unreadable_images_are_listed_and_skipped_only_when_told(images, tmp_path, autoencoder, capsys):
+def test_unreadable_images_are_listed_and_skipped_only_on_request(images, tmp_path, autoencoder, capsys):
     jpeg = images / "bees" / "03.png"
     jpeg.write_bytes(jpeg.read_bytes()[:200])
     (images / "cats" / "09.png").unlink()
@@ -134,7 +135,7 @@ def test_unreadable_images_are_listed_and_skipped_only_when_told(images, tmp_pat
         run(images, tmp_path / "out", autoencoder)
     printed = capsys.readouterr().out
     assert "2 images cannot be read:" in printed and "bees/03.png" in printed and "cats/09.png" in printed
-    with pytest.raises(FileNotFoundError, match="unfinished"):
+    with pytest.raises(UserError, match="unfinished"):
         LatentStore.open(tmp_path / "out")
 
     run(images, tmp_path / "out", autoencoder, "--skip_unreadable")
@@ -175,6 +176,7 @@ def test_a_disk_too_small_is_noticed_before_encoding(images, tmp_path, autoencod
         run(images, tmp_path / "out", autoencoder)
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_stops_cleanly_and_is_resumed(images, tmp_path, autoencoder):
     """The disk really refuses a write (a limit on the size of files stands in for a full one)."""
     command = [sys.executable, str(SCRIPT), *arguments(images, tmp_path / "out", autoencoder)]
@@ -206,6 +208,7 @@ def start_two_processes(*args):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_give_the_same_bytes(images, tmp_path, autoencoder):
     small_shards = ("--shard_size", "1", "--workers", "1")
     run(images, tmp_path / "one", autoencoder, *small_shards)

@@ -10,14 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sde
 import utils
+from libs import UserError
 from libs.randomness import SampleNoise
-from libs.solvers import SAMPLERS, Solver
+from libs.solvers import SOLVERS, Solver, check_guidance
 
 B = 3
+LABELS = torch.tensor([1, 2, 3])
 
 
 class Counting(torch.nn.Module):
-    """A network that notes how many images it is given, and the labels."""
+    """A network that notes how many images it is given."""
 
     def __init__(self, nnet):
         super().__init__()
@@ -29,8 +31,8 @@ class Counting(torch.nn.Module):
 
 
 def by_label(factor):
-    """eps = factor * label, everywhere."""
-    return Counting(lambda x, t, y: (torch.zeros_like(x), factor * y.view(-1, 1, 1, 1) * torch.ones_like(x)))
+    """eps = factor * label at the fine resolution, 10 times as much at the coarse one."""
+    return Counting(lambda x, t, y: tuple(f * y.view(-1, 1, 1, 1) * torch.ones_like(x) for f in (10 * factor, factor)))
 
 
 def level(schedule, t):
@@ -39,52 +41,68 @@ def level(schedule, t):
     return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 
+def test_guidance_weight():
+    assert sde.guidance_weight(0.3, 1.4) == 1.4
+    assert sde.guidance_weight(1.0, 3.0, 2.0) == 1.0
+    assert sde.guidance_weight(0.0, 3.0, 2.0) == pytest.approx(3.0)
+    assert sde.guidance_weight(0.5, 3.0, 1.0) == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("schedule", [sde.DiscreteSchedule(), sde.VPSDE(), sde.CosineSDE()])
 def test_interval_is_of_the_noise_level_and_saves_evaluations(schedule):
-    nnet, labels = by_label(1.0), torch.tensor([1, 2, 3])
+    """One call on 2 B images where there is guidance, on B where there is none; the same at every resolution."""
+    nnet = by_label(1.0)
     times = torch.linspace(0.99, 0.01, 50).tolist()
     levels = [level(schedule, t) for t in times]
     low, high = levels[30], levels[10]  # levels fall: 30 is outside, 10 inside
-    noise_model = sde.guided_noise_model(nnet, schedule, labels, 9, scale=1.5, interval=(low * 1.001, high * 1.001))
+    predict = sde.guided_predictions(nnet, schedule, LABELS, 9, scale=1.5, interval=(low * 1.001, high * 1.001))
     for i, t in enumerate(times):
-        eps = noise_model(torch.zeros(B, 1, 2, 2), t)[:, 0, 0, 0].tolist()
+        coarse, fine = (eps[:, 0, 0, 0].tolist() for eps in predict(torch.zeros(B, 1, 2, 2), t))
         inside = 10 <= i < 30
-        assert eps == pytest.approx([9 + 1.5 * (y - 9) for y in (1, 2, 3)] if inside else [1, 2, 3])
+        assert fine == pytest.approx([9 + 1.5 * (y - 9) for y in (1, 2, 3)] if inside else [1, 2, 3])
+        assert coarse == pytest.approx([10 * eps for eps in fine])
     assert nnet.calls == [B] * 10 + [2 * B] * 20 + [B] * 20
+    sde.guided_noise_model(nnet, schedule, LABELS, 9)(torch.zeros(B, 1, 2, 2), 0.5)
+    assert nnet.calls[50:] == [B]  # at scale 1
 
 
 def test_interval_and_power_schedule_together():
     schedule, t = sde.VPSDE(), 0.5
-    nnet, labels = by_label(1.0), torch.tensor([1, 2, 3])
-    noise_model = sde.guided_noise_model(nnet, schedule, labels, 9, 3.0, 2.0, (0.0, level(schedule, t) * 1.01))
+    interval = (0.0, level(schedule, t) * 1.01)
+    noise_model = sde.guided_noise_model(by_label(1.0), schedule, LABELS, 9, 3.0, 2.0, interval)
     weight = 1 + 2 * (1 - math.cos(math.pi * 0.25)) / 2
     assert noise_model(torch.zeros(B, 1, 1, 1), t).flatten().tolist() == pytest.approx(
         [9 + weight * (y - 9) for y in (1, 2, 3)], abs=1e-5
     )
 
 
-def test_a_weaker_network_guides_with_the_same_labels():
-    nnet, weaker, labels = by_label(1.0), by_label(0.5), torch.tensor([1, 2, 3])
-    noise_model = sde.guided_noise_model(nnet, sde.VPSDE(), labels, 9, scale=2.0, weaker=weaker)
-    eps = noise_model(torch.zeros(B, 1, 1, 1), 0.5).flatten().tolist()
+def test_a_guiding_network_is_conditioned_on_the_same_labels():
+    nnet, guide, x = by_label(1.0), by_label(0.5), torch.zeros(B, 1, 1, 1)
+    eps = sde.guided_noise_model(nnet, sde.VPSDE(), LABELS, 9, scale=2.0, guide=guide)(x, 0.5).flatten().tolist()
     assert eps == pytest.approx([0.5 * y + 2.0 * (y - 0.5 * y) for y in (1, 2, 3)])
-    assert nnet.calls == weaker.calls == [B]
-    sde.guided_noise_model(nnet, sde.VPSDE(), labels, 9, scale=1.0, weaker=weaker)(torch.zeros(B, 1, 1, 1), 0.5)
-    assert nnet.calls == [B, B] and weaker.calls == [B]
+    assert nnet.calls == guide.calls == [B]
+    sde.guided_noise_model(nnet, sde.VPSDE(), LABELS, 9, scale=1.0, guide=guide)(x, 0.5)
+    assert nnet.calls == [B, B] and guide.calls == [B]
+    # A guide of other resolutions: those of both networks, from the finest.
+    predict = sde.guided_predictions(nnet, sde.VPSDE(), LABELS, 9, scale=2.0, guide=lambda *inputs: guide(*inputs)[1:])
+    assert [found.flatten().tolist() for found in predict(x, 0.5)] == [pytest.approx(eps)]
 
 
-@pytest.mark.parametrize("scale", [0.4, float("nan"), float("inf")])
-def test_no_scale(scale):
-    with pytest.raises(ValueError, match="the guidance scale must be at least 1"):
-        sde.check_guidance(scale, None)
-
-
-@pytest.mark.parametrize("interval", [(1.0,), (2.0, 1.0), (-1.0, 1.0), (1.0, 1.0), ("a", "b"), (float("nan"), 1.0)])
-def test_no_interval(interval):
-    with pytest.raises(
-        ValueError, match=r"two noise levels sigma / alpha, \(low, high\) .* set config.sample.interval"
-    ):
-        sde.check_guidance(1.5, None, interval)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(((scale, None), "guidance scale must be at least 1") for scale in (float("nan"), float("inf"), 0.0)),
+        ((0.4, None), r"at least 1 .* its 0.4 is --cfg=1.4 here"),
+        ((1.4, -1.0), r"at least 0 \(0: constant scale\); found -1"),
+        *(
+            ((1.5, None, interval), r"config.sample.interval must be \(low, high\) in sigma / alpha")
+            for interval in [(1.0,), (2.0, 1.0), (-1.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)]
+        ),
+    ],
+)
+def test_guidance_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_guidance(*settings)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -117,7 +135,7 @@ class NoWaiting(TorchDispatchMode):
 def on_meta(tiny_config):
     """sample(...) of the tiny model with all tensors on the meta device, and its counting network."""
 
-    def make(weaker=None, schedule="sd", **settings):
+    def make(guide=None, schedule="sd", **settings):
         tiny_config.schedule = schedule
         tiny_config.sample.update(**settings)
         utils.check_sampling(tiny_config)
@@ -126,15 +144,15 @@ def on_meta(tiny_config):
         autoencoder = utils.open_autoencoder(tiny_config, torch.device("cpu")).to(device)
         nnet = Counting(utils.build_network_on_meta(tiny_config))
         schedule = sde.get_schedule(tiny_config.schedule)
-        return nnet, utils.make_sampler(tiny_config, nnet, 3, schedule, autoencoder, accelerator, 12, weaker)
+        return nnet, utils.make_sampler(tiny_config, nnet, 3, schedule, autoencoder, accelerator, 12, guide)
 
     return make
 
 
-@pytest.mark.parametrize("algorithm", SAMPLERS)
+@pytest.mark.parametrize("algorithm", SOLVERS)
 def test_sampling_never_waits_and_calls_the_network_once_per_step(on_meta, algorithm, monkeypatch):
     """Guided, to uint8 images: one call on 2 B images per evaluation; only noise and labels are copied."""
-    schedule = "vpsde" if algorithm.startswith("euler") else "sd"
+    schedule = "vpsde" if SOLVERS[algorithm].continuous else "sd"
     nnet, sample = on_meta(algorithm=algorithm, scale=2.0, schedule=schedule)
     draw, draws = SampleNoise.draw, []
     monkeypatch.setattr(SampleNoise, "draw", lambda noise: draws.append(draw(noise)) or draws[-1])
@@ -144,21 +162,21 @@ def test_sampling_never_waits_and_calls_the_network_once_per_step(on_meta, algor
     assert images.is_meta and images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
     assert nnet.calls == [10] * 12
     assert mode.copies == len(draws) + 1  # noise for each draw, and the labels
-    assert (len(draws) > 1) == SAMPLERS[algorithm].draws
+    assert (len(draws) > 1) == SOLVERS[algorithm].draws
 
 
-def test_interval_and_weaker_network_do_not_wait_either(on_meta):
+def test_interval_and_guiding_network_do_not_wait_either(on_meta):
     schedule = sde.DiscreteSchedule()
     interval = (level(schedule, 0.3), level(schedule, 0.7))
     nnet, sample = on_meta(algorithm="ddim", scale=2.0, interval=interval)
     with NoWaiting():
         sample(range(5), [0] * 5)
     assert sorted(set(nnet.calls)) == [5, 10] and len(nnet.calls) == 12
-    weaker = Counting(nnet.nnet)
-    nnet, sample = on_meta(weaker, algorithm="ddim", scale=2.0, interval=interval)
+    guide = Counting(nnet.nnet)
+    nnet, sample = on_meta(guide, algorithm="ddim", scale=2.0, interval=interval)
     with NoWaiting() as mode:
         sample(range(5), [0] * 5)
-    assert nnet.calls == [5] * 12 and 0 < len(weaker.calls) < 12
+    assert nnet.calls == [5] * 12 and 0 < len(guide.calls) < 12
     assert mode.copies == 2
 
 
@@ -179,15 +197,15 @@ def test_settings_that_cannot_work(tiny_config, tmp_path, monkeypatch):
             utils.open_weaker_network(tiny_config, torch.device("cpu"))
         tiny_config.sample.update(before)
 
-    refuses("config.sample.output must be one of png, npz, both; found 'jpg'", output="jpg")
     refuses("autoguidance_config is set without config.sample.autoguidance_path", autoguidance_config="x.py")
     (tmp_path / "bad.py").write_text("def get_config():\n    return 1 / 0\n")
     found = r"bad\.py, line 2: expected a config with get_config\(\); found ZeroDivisionError"
     refuses(found, autoguidance_path="a", autoguidance_config=str(tmp_path / "bad.py"))
     refuses("no config at config.sample.autoguidance_config=x.py", autoguidance_path="a", autoguidance_config="x.py")
     refuses(r"no checkpoint at nowhere", autoguidance_path="nowhere")
-    monkeypatch.setitem(SAMPLERS, "slow", Solver(None, least_steps=7))
+    monkeypatch.setitem(SOLVERS, "slow", Solver(None, least_steps=7))
     refuses("config.sample.sample_steps must be at least 7 for slow; found 6", algorithm="slow", sample_steps=6)
+    refuses("euler_maruyama_ode needs config.schedule vpsde or vpsde_cosine; found sd", algorithm="euler_maruyama_ode")
     refuses("config.sample.algorithm must be one of dpm_solver, .*, slow; found 'fast'", algorithm="fast")
     refuses(
         r"the guiding network's z_shape must be that of the guided one, \(4, 8, 8\); found \(4, 32, 32\)",
@@ -195,6 +213,6 @@ def test_settings_that_cannot_work(tiny_config, tmp_path, monkeypatch):
         autoguidance_config="configs/DiMR-XL-2R_imagenet256.py",
     )
     tiny_config.dataset.n_classes = 0
-    refuses("can only be guided by a weaker one", scale=1.5)
+    refuses("can only be guided by", scale=1.5)
     tiny_config.sample.update(autoguidance_path="a", scale=1.5)
     utils.check_sampling(tiny_config)

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 
 import libs.latents
-from libs.files import file_digest, json_digest, read_npy_header, replacing
-from libs.latents import LatentStore, StoreWriter, read_index
+from libs import UserError
+from libs.files import WriteError, file_digest, json_digest, read_npy_header, replacing, replacing_folder
+from libs.latents import LatentStore, StoreWriter
 
 SHAPE = (8, 4, 4)
 IDENTITY = {"sha256": "ab" * 32, "scaling_factor": 0.18215}
@@ -79,25 +80,16 @@ def test_reads_back_what_was_written_in_any_order(tmp_path, changes):
     store.verify()
 
 
-def test_index_describes_the_store(tmp_path):
-    _, labels = write_store(tmp_path / "store")
+def test_index_describes_the_store_and_numpy_alone_opens_it(tmp_path):
+    records, labels = write_store(tmp_path / "store")
     meta = LatentStore.open(tmp_path / "store").meta
     assert (meta["version"], meta["n_images"], meta["n_records"]) == (1, 25, 50)
     assert meta["images_per_class"] == np.bincount(labels[::2]).tolist()
     assert (meta["resolution"], meta["flips"], meta["crop"], meta["dtype"]) == (32, True, "adm-centre", "float16")
     assert all(entry["sha256"] == file_digest(tmp_path / "store" / entry["file"]) for entry in meta["shards"])
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
-        "index.json",
-        "labels.npy",
-        "latents-00000.npy",
-        "latents-00001.npy",
-        "latents-00002.npy",
-    ]
-
-
-def test_numpy_alone_opens_it(tmp_path):
-    records, labels = write_store(tmp_path / "store")
-    arrays = [np.load(tmp_path / "store" / f"latents-0000{k}.npy", mmap_mode="r") for k in range(3)]
+    shards = [f"latents-0000{k}.npy" for k in range(3)]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["index.json", "labels.npy", *shards]
+    arrays = [np.load(tmp_path / "store" / name, mmap_mode="r") for name in shards]
     assert np.array_equal(np.concatenate(arrays), records)
     assert np.array_equal(np.load(tmp_path / "store" / "labels.npy"), labels)
 
@@ -128,26 +120,19 @@ def test_works_in_loader_workers_and_after_pickling(tmp_path):
     assert np.array_equal(copy.read(order)[0], records[order])
 
 
-def test_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(libs.latents, "MAX_OPEN_FILES", 2)
-    records, _ = write_store(tmp_path / "store", images_per_shard=3)
-    store = LatentStore.open(tmp_path / "store")
-    order = np.random.default_rng(0).permutation(50)
-    assert np.array_equal(store.read(order)[0], records[order])
-    assert len(store._files) == 2
-
-
-def test_threads_share_a_store(tmp_path, monkeypatch):
+def test_threads_share_a_store_of_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr(libs.latents, "MAX_OPEN_FILES", 2)
     records, labels = write_store(tmp_path / "store", images_per_shard=3)
     store = LatentStore.open(tmp_path / "store")
-    orders = [np.random.default_rng(seed).permutation(50) for seed in range(200)]
+    orders = [np.random.default_rng(seed).permutation(50) for seed in range(60)]
     with ThreadPoolExecutor(8) as pool:
         for order, (read, read_labels) in zip(orders, pool.map(store.read, orders), strict=True):
             assert np.array_equal(read, records[order]) and np.array_equal(read_labels, labels[order])
+    assert store._shard_file.cache_info().currsize == 2
 
 
-def test_what_is_not_in_memory_is_waited_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("system", ["nothing cached", "no advice", "short reads"])
+def test_records_are_read_whatever_the_system_does(tmp_path, monkeypatch, system):
     records, _ = write_store(tmp_path / "store")
     preadv = os.preadv
 
@@ -156,21 +141,13 @@ def test_what_is_not_in_memory_is_waited_for(tmp_path, monkeypatch):
             raise BlockingIOError(errno.EAGAIN, "would block")
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", never_cached)
-    assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
-
-
-def test_works_without_posix_fadvise(tmp_path, monkeypatch):
-    records, _ = write_store(tmp_path / "store")
-    monkeypatch.delattr(os, "posix_fadvise")
-    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
-    assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
-
-
-def test_short_reads_are_continued(tmp_path, monkeypatch):
-    records, _ = write_store(tmp_path / "store")
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:100]], *where))
+    if system == "no advice":
+        monkeypatch.delattr(os, "posix_fadvise")
+        monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    elif system == "nothing cached":
+        monkeypatch.setattr(os, "preadv", never_cached)
+    else:
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:100]], *where))
     assert np.array_equal(LatentStore.open(tmp_path / "store").read([3, 30])[0], records[[3, 30]])
 
 
@@ -205,16 +182,15 @@ def test_an_unfinished_store_is_not_taken_for_whole_and_is_continued(tmp_path):
     writer = StoreWriter(tmp_path / "store", settings())
     writer.begin()
     writer.write_shard(1, records[20:40])
-    with pytest.raises(FileNotFoundError, match="unfinished: run the same extraction again"):
+    with pytest.raises(UserError, match="unfinished: run the same extraction again"):
         LatentStore.open(tmp_path / "store")
-    with pytest.raises(ValueError, match=r"shards \[0, 2\] of 3 are not written"):
+    with pytest.raises(UserError, match=r"shards \[0, 2\] of 3 are not written"):
         writer.finish(np.zeros(25, int))
     (tmp_path / "store" / ".latents-00002.npy.0123abcd.tmp").write_bytes(b"half a shard")  # what a killed run leaves
     (tmp_path / "store" / "latents-00000.npy").write_bytes(b"renamed, but killed before its entry was written")
 
     again = StoreWriter(tmp_path / "store", settings())
-    again.begin()
-    assert list(again.entries()) == [1] and not again.is_complete()
+    assert again.begin() == [0, 2] and not again.is_complete()
     again.write_shard(0, records[:20])
     again.write_shard(2, records[40:])
     again.finish(np.zeros(25, int))
@@ -233,18 +209,18 @@ def test_other_settings_are_an_error_naming_both(tmp_path, finished):
             writer.begin()
         writer.write_shard(0, moments(20))
         StoreWriter(tmp_path / "store", settings(class_names=["ant"])).begin()
-        with pytest.raises(ValueError, match=r"other settings \(class_names"):  # begun anew meanwhile
+        with pytest.raises(UserError, match=r"other settings \(class_names"):  # begun anew meanwhile
             writer.write_shard(1, moments(20))
     StoreWriter(tmp_path / "store", settings()).begin()
-    with pytest.raises(ValueError, match=r"\(dtype: there 'float16', now 'float32'; flips: there True, now False\)"):
+    with pytest.raises(UserError, match=r"\(dtype: there 'float16', now 'float32'; flips: there True, now False\)"):
         StoreWriter(tmp_path / "store", settings(dtype="float32", flips=False)).begin()
 
 
 def test_a_folder_of_other_things_is_not_written_into(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(UserError, match="holds other files"):
         StoreWriter(tmp_path, settings()).begin()
-    with pytest.raises(OSError, match=r"Cannot write .*thesis\.txt"):
+    with pytest.raises(WriteError, match=r"Cannot write .*thesis\.txt"):
         StoreWriter(tmp_path / "thesis.txt", settings()).begin()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -254,21 +230,20 @@ def test_a_shard_made_anew_after_the_store_was_complete(tmp_path):
     before = {file.name: file.read_bytes() for file in (tmp_path / "store").iterdir()}
     (tmp_path / "store" / "latents-00001.npy").unlink()
     writer = StoreWriter(tmp_path / "store", settings())
-    writer.begin()
-    assert sorted(writer.entries()) == [0, 2]
+    assert writer.begin() == [1]
     writer.write_shard(1, moments(50)[20:40])
     writer.finish(np.arange(25) % 3)
     assert {file.name: file.read_bytes() for file in (tmp_path / "store").iterdir()} == before
 
 
-def test_only_shards_that_tell_their_source_are_compared_with_it(tmp_path):
+def test_shards_made_from_another_source_are_named(tmp_path):
     writer = StoreWriter(tmp_path / "store", settings())
-    writer.begin()
-    writer.write_shard(0, moments(20))  # as earlier versions did
-    writer.write_shard(1, moments(20), source="b")
-    writer.check_sources(lambda shard: "abc"[shard])
-    with pytest.raises(ValueError, match=r"1 shards \(latents-00001\.npy\) were made from another source"):
-        writer.check_sources("xyz".__getitem__)
+    assert writer.begin("xyz".__getitem__) == [0, 1, 2]
+    for shard in range(2):
+        writer.write_shard(shard, moments(20), source="ab"[shard])
+    assert writer.begin("abc".__getitem__) == writer.begin() == [2]
+    with pytest.raises(UserError, match=r"1 shards \(latents-00001\.npy\) were made from another source"):
+        writer.begin("axc".__getitem__)
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -279,31 +254,39 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"Cannot write .*latents-00000\.npy: No space left on device\. Free space"):
+    with pytest.raises(WriteError, match=r"Cannot write .*latents-00000\.npy: No space left on device\. Free space"):
         writer.write_shard(0, moments(20))
     assert [file.name for file in (tmp_path / "store").iterdir()] == ["unfinished.json"]
 
 
-def test_replacing_keeps_the_old_file_on_any_error(tmp_path):
-    (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file") as file:
-        file.write(b"ne")
-        raise ZeroDivisionError
-    assert (tmp_path / "file").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-    with replacing(tmp_path / "file") as file:
-        file.write(b"new")
-    assert (tmp_path / "file").read_bytes() == b"new"
+@pytest.mark.parametrize("folder", [False, True])
+def test_files_and_folders_are_replaced_whole_or_not_at_all(tmp_path, folder):
+    def write(text):
+        with replacing_folder(tmp_path / "x") if folder else replacing(tmp_path / "x/file") as place:
+            if folder:
+                place.mkdir()
+                (place / "file").write_bytes(text)
+            else:
+                place.write(text)
+            assert text
+
+    if not folder:
+        (tmp_path / "x").mkdir()
+        write(b"old")
+    with pytest.raises(AssertionError):
+        write(b"")
+    assert [path.name for path in tmp_path.rglob("*")] == ([] if folder else ["x", "file"])
+    write(b"new")
+    assert (tmp_path / "x/file").read_bytes() == b"new" and len(list(tmp_path.rglob("*"))) == 2
 
 
 def test_values_that_do_not_fit_are_refused(tmp_path):
     writer = StoreWriter(tmp_path / "store", settings())
     writer.begin()
-    with pytest.raises(ValueError, match="not all finite in float16: set --dtype float32"):
-        writer.write_shard(0, np.full((20, *SHAPE), 7e4, np.float32))
-    for value in (np.float16("nan"), np.float32("inf")):
-        with pytest.raises(ValueError, match="not all finite, in any --dtype"):
+    for value in (np.float32(7e4), np.float16("nan"), np.float32("inf")):
+        with pytest.raises(UserError, match=r"not finite in float16: set --dtype float32 .* or check --autoencoder"):
             writer.write_shard(0, np.full((20, *SHAPE), value))
-    assert not writer.entries()
+    assert writer.begin() == [0, 1, 2]
 
 
 def test_truncated_missing_and_altered_files_are_named(tmp_path):
@@ -312,26 +295,24 @@ def test_truncated_missing_and_altered_files_are_named(tmp_path):
     whole = shard.read_bytes()
 
     shard.write_bytes(whole[:-1])
-    with pytest.raises(
-        ValueError, match=r"latents-00001\.npy was truncated or altered: expected 5248 bytes, found 5247"
-    ):
+    with pytest.raises(UserError, match=r"latents-00001\.npy is missing or truncated: expected 5248 bytes, found 5247"):
         LatentStore.open(tmp_path / "store")
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"latents-00001\.npy is missing"):
+    with pytest.raises(UserError, match=r"latents-00001\.npy is missing .*, found None"):
         LatentStore.open(tmp_path / "store")
 
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"the contents of latents-00001\.npy are not"):
+    with pytest.raises(UserError, match=r"the contents of latents-00001\.npy are not"):
         LatentStore.open(tmp_path / "store").verify()
 
     shard.write_bytes(whole.replace(b"'<f2'", b"'<i2'"))
-    with pytest.raises(ValueError, match=r"latents-00001\.npy was altered: expected .*float16, found .*int16"):
+    with pytest.raises(UserError, match=r"latents-00001\.npy was altered: expected float16 .*, found int16"):
         LatentStore.open(tmp_path / "store").read([25])
 
     shard.write_bytes(whole)
     labels = tmp_path / "store" / "labels.npy"
     labels.write_bytes(labels.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(ValueError, match=r"labels\.npy was altered: a label lies outside 0\.\.2"):
+    with pytest.raises(UserError, match=r"labels\.npy was altered: a label lies outside 0\.\.2"):
         LatentStore.open(tmp_path / "store").read([49])
 
 
@@ -340,15 +321,15 @@ def test_a_shard_cut_while_training_runs_is_named(tmp_path):
     store = LatentStore.open(tmp_path / "store")
     store.read([0])
     os.truncate(tmp_path / "store" / "latents-00000.npy", 1000)
-    with pytest.raises(ValueError, match=r"latents-00000\.npy was truncated"):
+    with pytest.raises(UserError, match=r"latents-00000\.npy was truncated"):
         store.read([10])
 
 
 def test_not_a_store(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no index\.json.*extract_imagenet_feature"):
+    with pytest.raises(UserError, match=r"no index\.json.*extract_imagenet_feature"):
         LatentStore.open(tmp_path)
     (tmp_path / "index.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match="format 'other' version None, expected dimr-latents version 1"):
+    with pytest.raises(UserError, match=r"format \('other', None\), expected \('dimr-latents', 1\)"):
         LatentStore.open(tmp_path)
 
 
@@ -365,33 +346,30 @@ def test_not_a_store(tmp_path):
         lambda index: index["shards"][0].update(records=True),
         lambda index: index["labels"].update(file="/etc/passwd"),
         lambda index: index.pop("autoencoder"),
+        None,
     ],
 )
 def test_an_index_that_contradicts_itself_is_refused(tmp_path, change):
     write_store(tmp_path / "store")
-    rewrite_index(tmp_path / "store", change)
-    with pytest.raises(ValueError, match=r"index\.json is not valid: expected"):
+    if change is not None:
+        rewrite_index(tmp_path / "store", change)
+    else:  # edited, with the old checksum
+        file = tmp_path / "store" / "index.json"
+        file.write_text(file.read_text().replace('"bee"', '"fee"'))
+    with pytest.raises(UserError, match=r"index\.json was altered or contradicts itself"):
         LatentStore.open(tmp_path / "store")
-
-
-def test_an_edited_index_is_noticed(tmp_path):
-    write_store(tmp_path / "store")
-    file = tmp_path / "store" / "index.json"
-    file.write_text(file.read_text().replace('"bee"', '"fee"'))
-    with pytest.raises(ValueError, match="was altered: its contents do not match its own checksum"):
-        read_index(tmp_path / "store")
 
 
 def test_check_against_names_both_sides(tmp_path):
     write_store(tmp_path / "store")
     store = LatentStore.open(tmp_path / "store")
-    store.check_against(IDENTITY, record_shape=SHAPE, n_classes=3)
+    store.check_against(autoencoder=IDENTITY, record_shape=SHAPE, n_classes=3)
     store.check_against()
-    with pytest.raises(ValueError, match=r"autoencoder of the store is .*abab.*, of the config .*cdcd"):
+    with pytest.raises(UserError, match=r"autoencoder of the store is .*abab.*, of the config .*cdcd"):
         store.check_against(autoencoder={"sha256": "cd" * 32, "scaling_factor": 0.18215})
-    with pytest.raises(ValueError, match=r"record_shape of the store is \(8, 4, 4\), of the config \(8, 64, 64\)"):
-        store.check_against(record_shape=[8, 64, 64])
-    with pytest.raises(ValueError, match="n_classes of the store is 3, of the config 1000"):
+    with pytest.raises(UserError, match=r"record_shape of the store is \(8, 4, 4\), of the config \(8, 64, 64\)"):
+        store.check_against(record_shape=(8, 64, 64))
+    with pytest.raises(UserError, match="n_classes of the store is 3, of the config 1000"):
         store.check_against(n_classes=1000)
 
 
@@ -434,12 +412,11 @@ def test_ten_million_records_open_at_once(tmp_path):
 
 def test_npy_headers_that_are_not_plain(tmp_path):
     file = tmp_path / "x.npy"
-    for array in (np.asfortranarray(np.zeros((2, 3))),):
-        np.save(file, array)
-        with open(file, "rb") as opened, pytest.raises(ValueError, match="not a plain array in C order"):
-            read_npy_header(opened, file)
+    np.save(file, np.asfortranarray(np.zeros((2, 3))))
+    with open(file, "rb") as opened, pytest.raises(UserError, match="or not a plain array in C order"):
+        read_npy_header(opened, file)
     save_file({"x": np.zeros(3)}, file)
-    with open(file, "rb") as opened, pytest.raises(ValueError, match=r"x\.npy is not a readable \.npy file"):
+    with open(file, "rb") as opened, pytest.raises(UserError, match=r"x\.npy is not a readable \.npy file"):
         read_npy_header(opened, file)
 
 
@@ -465,14 +442,14 @@ def damage(data, rng):
 @pytest.mark.parametrize(
     ("name", "head", "n"),
     [
-        ("index.json", None, 2000),
-        ("latents-00001.npy", 140, 2000),
-        ("labels.npy", None, 1000),
-        ("latents-00000.npy", None, 1000),
+        ("index.json", None, 800),
+        ("latents-00001.npy", 140, 800),
+        ("labels.npy", None, 400),
+        ("latents-00000.npy", None, 400),
     ],
 )
 def test_damaged_stores_are_refused_or_read_right(tmp_path, name, head, n):
-    """Six thousand damaged indices, headers (the first `head` bytes) and shards: a clear error or the right values."""
+    """Damaged indices, headers (the first `head` bytes) and shards: a clear error or the right values."""
     records, labels = write_store(tmp_path / "store")
     file = tmp_path / "store" / name
     whole, rng = file.read_bytes(), np.random.default_rng(0)
@@ -483,7 +460,7 @@ def test_damaged_stores_are_refused_or_read_right(tmp_path, name, head, n):
             store = LatentStore.open(tmp_path / "store")
             store.verify()
             read, read_labels = store.read(range(len(store)))
-        except (ValueError, FileNotFoundError) as error:
+        except UserError as error:
             assert "store" in str(error) and len(str(error)) < 1000
             n_refused += 1
         else:
@@ -497,16 +474,16 @@ def test_damaged_headers_never_crash_an_unverified_read(tmp_path, name):
     records, labels = write_store(tmp_path / "store")
     file = tmp_path / "store" / name
     whole, rng, n_refused = file.read_bytes(), np.random.default_rng(1), 0
-    for _ in range(1000):
+    for _ in range(400):
         data = bytearray(whole)
         for at in rng.integers(0, 128, rng.integers(1, 6)):
             data[at] = rng.integers(256)
         file.write_bytes(data)
         try:
             read, read_labels = LatentStore.open(tmp_path / "store").read(range(50))
-        except ValueError as error:
+        except UserError as error:
             assert name in str(error)
             n_refused += 1
         else:
             assert np.array_equal(read, records) and np.array_equal(read_labels, labels)
-    assert n_refused > 800
+    assert n_refused > 320

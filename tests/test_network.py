@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sde
 from libs.compilation import round_weights
 from libs.dimr import DiMR, StageSpec
 from libs.norms import NORMS, TDLayerNorm, TDRMSNorm, TimeDependentVector
@@ -159,14 +158,3 @@ def test_no_host_synchronisation():
         loss.backward()
     with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():
         loss.item()
-
-
-def test_guidance_reads_nothing_from_the_device():
-    """On the meta device, whose values nobody can read; times are the host's and may be."""
-    model, (x, _, y) = small_model().to("meta"), (a.to("meta") for a in inputs())
-    guided = sde.guided_noise_model(
-        model, sde.DiscreteSchedule(), y, model.null_label, scale=2.0, power=1.0, interval=(0.1, 9.0)
-    )
-    assert guided(x, 0.5).device.type == "meta"
-    with pytest.raises(RuntimeError, match=r"[Mm]eta"):
-        guided(x, 0.5).sum().item()

@@ -1,11 +1,9 @@
-"""The report of a scored set, from the command that samples; and the sweep over guidance."""
+"""The report of a scored set, from the command that samples."""
 
-import csv
 import functools
 import json
 import re
 
-import ml_collections
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,6 @@ from libs.inception import WEIGHTS, find_inception
 from libs.metrics import NpzImages, Reference, Scores, open_reference
 from libs.report import PUBLISHED, nearest_published, pick, published_for, usual_mistakes, write_report
 from scripts import evaluate_npz, sweep_guidance
-from scripts.sweep_guidance import Setting, settings_of
 
 
 @pytest.fixture
@@ -205,8 +202,9 @@ def test_two_processes_sample_and_score_as_the_sweep_does_alone(
     monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     monkeypatch.setattr(sweep_guidance, "score_sets", functools.partial(metrics.score_sets, batch_size=6))
     sample = tiny_config.sample
-    setting = Setting(sample.scale, sample.scale_pow, None, sample.sample_steps)
-    scorer = sweep_guidance.AdmScorer(reference, find_inception(inception_assets))
+    setting = sweep_guidance.Setting(sample.scale, sample.scale_pow, None, sample.sample_steps)
+    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
+    scorer = sweep_guidance.open_scorer(str(reference), "", tiny_config)
     ((_, scores),) = sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", [setting], scorer)
     assert set(scores) == set(evaluate_npz.NAMES)
     assert scores == pytest.approx({name: report[name] for name in scores}, rel=1e-6)
@@ -319,64 +317,3 @@ def test_too_few_images_to_score_are_said_before_sampling(
     tiny_config.train.update(n_steps=1, fid_interval=1, fid_samples=3)
     training.train(tiny_config, tmp_path / "run")
     assert "no scores: config.train.fid_samples is 3, less than 4" in caplog.text
-
-
-class Ink:
-    """A scorer for the test: the mean of the pixels."""
-
-    def __init__(self):
-        self.titles, self.identity, self.calls = {"ink": "ink", "samples": "samples"}, {"by": "ink"}, 0
-
-    def __call__(self, folder, accelerator):
-        self.calls += 1
-        images = metrics.SampledImages(folder)
-        return {"ink": torch.cat(list(images.batches(50))).float().mean().item(), "samples": images.count}
-
-
-def test_sweep_scores_every_setting_once(tiny_config, weights, tmp_path):
-    settings = settings_of([1.0, 2.0, 4.0], [None, 2.0], [None], [3, 4])
-    assert len(settings) == 2 * (1 + 2 * 2) and len({setting.name for setting in settings}) == 10
-    scorer = Ink()
-    rows = sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", settings[:4], scorer)
-    assert scorer.calls == 4
-    rows = sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", settings, scorer)
-    assert scorer.calls == 10
-    found = [scores["ink"] for _, scores in rows]
-    assert found == sorted(found) and len(set(found)) > 2
-    with open(tmp_path / "sweep" / "sweep.csv") as file:
-        table = list(csv.DictReader(file))
-    assert [float(row["ink"]) for row in table] == pytest.approx(found, abs=1e-4)
-    unguided = [row for row in table if row["scale"] == "1"]
-    assert {row["steps"] for row in unguided} == {"3", "4"} and unguided[0]["schedule"] == "none"
-    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
-    assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| ") == 11
-
-    damaged = tmp_path / "sweep" / settings[0].name / "scores.json"
-    for text in ("{", "{}", "[]"):
-        damaged.write_text(text)
-        with pytest.raises(ValueError, match=r"scores\.json is damaged .*: remove it"):
-            sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", settings[:1], scorer)
-
-    # A set of the sweep is the set of eval.py.
-    config = ml_collections.ConfigDict(tiny_config)
-    config.sample.update(scale=4.0, scale_pow=2.0, sample_steps=3)
-    evaluation.evaluate(config, str(weights), tmp_path / "alone")
-    alone = Ink()(tmp_path / "alone", None)["ink"]
-    assert dict((setting.name, scores["ink"]) for setting, scores in rows)["scale4_steps3_power2"] == alone
-
-
-def test_sweep_settings():
-    setting = Setting(2.0, 2.0, (0.2, 3.0), 20)
-    assert (setting.name, setting.schedule) == ("scale2_steps20_power2_interval0.2-3", "power 2, 0.2 to 3")
-    assert sweep_guidance.parse(["none", "0.2:3"], "intervals", sweep_guidance.parse_interval, none=True) == [
-        None,
-        (0.2, 3.0),
-    ]
-    for values in (["a"], ["none"], [], ["1", "1"]):
-        with pytest.raises(ValueError, match="--scales"):
-            sweep_guidance.parse(values, "scales", float)
-    config = load_config("digits")
-    with pytest.raises(ValueError, match=r"nothing to score by: set --reference .* or --digits"):
-        sweep_guidance.choose_scorer(None, "absent", config)
-    with pytest.raises(ValueError, match="the guidance scale must be at least 1"):  # before any is sampled
-        sweep_guidance.sweep(config, "absent", None, settings_of([2.0, 0.5], [None], [None], [20]), Ink())
