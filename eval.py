@@ -4,11 +4,10 @@
         --config=configs/NAME.py --nnet_path=WEIGHTS --IMGsave_path=saved_images [--cfg=SCALE [--cfg_scale_pow=POWER]]
 
 WEIGHTS is a released .pth, a .safetensors, or a checkpoint folder <workdir>/ckpts/<step>.ckpt (its EMA weights).
-Image i is IMGsave_path/<i>.png, or in a shard (config.sample.output); its noise and label are functions of i alone and
-batches are fixed by index, so any number of processes makes the same bytes. The same command again makes what is
-missing; a folder made with other settings is refused. --indices and --classes make a part of the set, which img2npz.py
-puts together. class_lab.txt (one label per line, in index order) is written into the folder and, as the released code
-does, into the current directory. See docs/sampling.md.
+Image i is IMGsave_path/<i>.png. Its noise and label depend on i alone, and batches are fixed by index, so any number of
+processes makes the same bytes. Re-run the command to make what is missing; a folder made with other settings is
+refused. --indices makes a part of the set, and img2npz.py joins parts. class_lab.txt (one label per line, in index
+order) is written into the folder and, as the released code does, into the current directory. See docs/sampling.md.
 """
 
 import json
@@ -32,13 +31,13 @@ from tqdm import tqdm
 import sde
 import utils
 from configs.common import check_fields
-from libs import launch
+from libs import UserError, launch
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
 from libs.compilation import choose_compile, compile_network, round_weights
 from libs.files import advise_on_write_error, file_digest, replacing
 from libs.launch import raise_on_all_ranks
-from libs.metrics import PlannedImages, Reference, SampledImages, Scores, score_sets
+from libs.metrics import PlannedImages, Reference, Scores, score_sets
 from libs.pictures import check_finite
 from libs.report import NAMES, write_report
 from libs.sample_set import (
@@ -46,12 +45,12 @@ from libs.sample_set import (
     RANGE,
     SETTINGS_FILE,
     TEMPORARY_NAME,
+    SampleSet,
     SetWriter,
     balanced_label,
     batches_of,
-    common,
     differences,
-    indices_of_classes,
+    intersect,
     missing_files,
     read_settings,
     remove_temporaries,
@@ -60,25 +59,14 @@ from libs.sample_set import (
 )
 
 
-def chosen_range(text: str, flag: str, n: int) -> range:
-    """A range FIRST:END of 0..n, END not included. Raises ValueError for anything else, naming `flag`."""
+def chosen_indices(text: str | None, n_samples: int) -> range:
+    """Return the images to make: FIRST:END of --indices (END not included), or all."""
+    if not text:
+        return range(n_samples)
     match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or not 0 <= int(match[1]) < int(match[2]) <= n:
-        raise ValueError(f"--{flag} must be FIRST:END with 0 <= FIRST < END <= {n} (END not included); found {text!r}")
+    if not match or not 0 <= int(match[1]) < int(match[2]) <= n_samples:
+        raise UserError(f"--indices must be FIRST:END with 0 <= FIRST < END <= {n_samples}; found {text!r}")
     return range(int(match[1]), int(match[2]))
-
-
-def chosen_indices(config: ml_collections.ConfigDict, indices: str | None, classes: str | None) -> range:
-    """The images to make: those of --indices, those of the classes of --classes, or all. Raises ValueError."""
-    n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
-    if indices and classes:
-        raise ValueError("--indices and --classes both choose what to make: give one of them")
-    if classes:
-        found = indices_of_classes(chosen_range(classes, "classes", n_classes), n_samples, n_classes)
-        if not found:
-            raise ValueError(f"--classes={classes} has no images among {n_samples}: raise config.sample.n_samples")
-        return found
-    return chosen_range(indices, "indices", n_samples) if indices else range(n_samples)
 
 
 def sampling_settings(
@@ -149,7 +137,7 @@ def batches_to_make(
     if accelerator.is_main_process:
         batches = batches_of(indices, settings.n_samples, settings.mini_batch_size)
         with ThreadPoolExecutor(16) as pool:
-            missing = pool.map(lambda batch: missing_files(folder, common(batch, indices), settings.output), batches)
+            missing = pool.map(lambda batch: missing_files(folder, intersect(batch, indices)), batches)
             unfinished = [batch for batch, files in zip(batches, missing, strict=True) if files]
     return broadcast_object_list([unfinished])[0]
 
@@ -181,7 +169,7 @@ def sample_set(
     size = min(config.sample.mini_batch_size, len(labels))
     progress = tqdm(
         total=len(indices),
-        initial=len(indices) - sum(len(common(batch, indices)) for batch in batches),
+        initial=len(indices) - sum(len(intersect(batch, indices)) for batch in batches),
         unit="image",
         disable=not accelerator.is_main_process,
         dynamic_ncols=True,
@@ -192,7 +180,7 @@ def sample_set(
             together = batches[start : start + n_processes]  # one for each process
             if process < len(together):
                 batch = together[process]
-                own = common(batch, indices)
+                own = intersect(batch, indices)
                 filled = range(batch.start, batch.start + size)
                 images, finite = sample(filled, [labels[min(i, len(labels) - 1)] for i in filled])
                 images, finite = to_host(images.permute(0, 2, 3, 1).contiguous()), to_host(finite)
@@ -202,13 +190,8 @@ def sample_set(
                     check_finite(finite()[rows])
                     return images().numpy()[rows]
 
-                writer.put(
-                    own,
-                    pictures,
-                    [labels[i] for i in own],
-                    missing_files(folder, own, config.sample.output),
-                )
-            progress.update(sum(len(common(batch, indices)) for batch in together))  # the others are about as far
+                writer.put(own, pictures, missing_files(folder, own))
+            progress.update(sum(len(intersect(batch, indices)) for batch in together))  # the others are about as far
     progress.close()
 
 
@@ -258,16 +241,10 @@ def sample_and_score(
     if len(indices) < n_samples:
         logging.info("a part of %d images: img2npz.py puts parts together, evaluate_npz.py scores the whole", n_samples)
         return None
-    return score_sets(set_images(config, folder), *scoring, accelerator) if scoring else None
-
-
-def set_images(config: ml_collections.ConfigDict, folder: Path) -> list[SampledImages]:
-    """The images of a whole set, to be scored."""
-    return [SampledImages(folder)]
+    return score_sets(SampleSet(folder), *scoring, accelerator) if scoring else None
 
 
 def report(
-    config: ml_collections.ConfigDict,
     folder: Path,
     scores: Scores,
     reference: Reference,
@@ -275,9 +252,8 @@ def report(
     device: torch.device,
 ) -> None:
     """Write the report of a scored set into `<folder>_report` and log the scores."""
-    labels = [int(label) for label in (folder / LABELS_FILE).read_text().split()]
-    out = folder.with_name(f"{folder.resolve().name}_report")
-    found = write_report(out, scores, set_images(config, folder), reference, sampling, labels, device.type)
+    images, out = SampleSet(folder), folder.with_name(f"{folder.resolve().name}_report")
+    found = write_report(out, scores, images, reference, sampling, device.type)
     for name, title in NAMES.items():
         logging.info("%s: %s", title, scores.reasons.get(name) or f"{scores.values[name]:.4f}")
     for warning in found["warnings"]:
@@ -324,12 +300,11 @@ def evaluate(
     metrics: str | None = None,
     config_name: str = "",
     indices: str | None = None,
-    classes: str | None = None,
 ) -> None:
     """Sample config.sample.n_samples images into `folder` with the weights at `nnet_path`, and score them.
 
     Args:
-        indices, classes: FIRST:END, make that part of the set only.
+        indices: FIRST:END, make that part of the set only.
         metrics: reference to score against; None: config.fid_stat, if it and the Inception weights are there.
         config_name: name of the config's file, for the report.
 
@@ -338,7 +313,7 @@ def evaluate(
     """
     folder = Path(folder)
     utils.check_sampling(config)
-    chosen = chosen_indices(config, indices, classes)
+    chosen = chosen_indices(indices, config.sample.n_samples)
     accelerator = launch.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
@@ -361,7 +336,7 @@ def evaluate(
         sampling = {**settings, "config": config_name, "weights": str(weights), "step": checkpoint_step(weights)}
         sampling["ema_profile"] = ema_profile(weights)
         sampling |= {"labels": "balanced: index * n_classes // n_samples"}
-        report(config, folder, scores, scoring[0], sampling, accelerator.device)
+        report(folder, scores, scoring[0], sampling, accelerator.device)
     launch.finish(accelerator)
 
 
@@ -384,7 +359,6 @@ def main(argv: list[str]) -> None:
         values.metrics,
         launch.config_name(),
         values.indices,
-        values.classes,
     )
     folder = Path(values.IMGsave_path)
     if os.environ.get("RANK", "0") == "0" and folder.resolve() != Path.cwd():
@@ -402,7 +376,6 @@ if __name__ == "__main__":
         "config.fid_stat unless given, if it is there.",
     )
     flags.DEFINE_string("indices", None, "FIRST:END, make only these images of the set, END not included.")
-    flags.DEFINE_string("classes", None, "FIRST:END, make only the images of these classes, END not included.")
     flags.DEFINE_float("cfg", None, "Guidance scale, 1: none; config.sample.scale unless given.")
     flags.DEFINE_float(
         "cfg_scale_pow",

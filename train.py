@@ -437,7 +437,6 @@ def fid_of_samples(
     process, and where it failed, which is logged."""
     config = ml_collections.ConfigDict(config)
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
-    config.sample.output = "png"
     height, width = utils.image_size(config, autoencoder)
     enough = None
     if accelerator.is_main_process:

@@ -25,11 +25,11 @@ from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import LatentStore
-from libs.logger import flat, peak_flops
-from libs.metrics import PlannedImages, Reference, check_features, check_sets, fewest_images, open_reference
+from libs.logger import peak_flops
+from libs.metrics import PlannedImages, Reference, check_sets, fewest_images, open_reference
 from libs.pictures import finite, to_uint8
 from libs.randomness import SampleNoise, to_device
-from libs.sample_set import OUTPUTS, differences
+from libs.sample_set import differences, flatten_dict
 from libs.solvers import SOLVERS, check_guidance, check_steps
 
 ROOT = Path(__file__).resolve().parent
@@ -147,7 +147,7 @@ def network_settings(config: ml_collections.ConfigDict) -> dict:
     """Which network, and what its inputs and noise predictions mean: {name in the config: JSON value}."""
     values = config_json(config)
     return {
-        **flat(values["nnet"], "nnet"),
+        **flatten_dict(values["nnet"], "nnet"),
         "schedule": values["schedule"],
         "z_shape": values["z_shape"],
         "dataset.n_classes": values["dataset"]["n_classes"],
@@ -364,7 +364,7 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
     sample = config.sample
     check_ranges(config, SAMPLING_RANGES)
     check_choice("config.schedule", config.schedule, sde.SCHEDULES)
-    for name, allowed in (("algorithm", SOLVERS), ("output", OUTPUTS), ("compile", COMPILE)):
+    for name, allowed in (("algorithm", SOLVERS), ("compile", COMPILE)):
         check_choice(f"config.sample.{name}", sample[name], allowed)
     is_continuous = issubclass(sde.SCHEDULES[config.schedule], sde.ContinuousSchedule)
     if SOLVERS[sample.algorithm].continuous and not is_continuous:
@@ -475,8 +475,7 @@ def open_scoring(reference: str, required: bool, planned: PlannedImages) -> tupl
     if not required and planned.count < fewest_images(opened):
         logging.warning("no scores: %s is %d, less than %d", planned.name, planned.count, fewest_images(opened))
         return None
-    check_sets([planned], opened)
-    check_features([opened.images], weights)
+    check_sets(planned, opened)
     load_adm_inception(weights, "cpu")  # whole?
     return opened, weights
 

@@ -134,7 +134,6 @@ def base():
         # Weights of a guiding network, which replaces the unconditional half (arXiv 2406.02507); "": none
         autoguidance_path="",
         autoguidance_config="",  # its config file, where it differs from this one's; "": the same
-        output="png",  # what eval.py writes: png (<index>.png), npz (a shard per batch) or both
     )
 
     config.fid_stat = "assets/fid_stats/fid_stats_imagenet256_guided_diffusion.npz"  # mu, sigma; "" or absent: no FID

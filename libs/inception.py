@@ -4,61 +4,40 @@ The network is pytorch-fid's port of the 2015-12-05 TensorFlow Inception; the re
 which pytorch-fid's own is not: its FIDs are other numbers.
 """
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import errno
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import pytorch_fid.inception
 import torch
-from pytorch_fid.inception import fid_inception_v3
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from libs import UserError
+
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 SIDE = 299  # pixels: what the network was trained on
-POOL, SPATIAL, CLASSES = 2048, 7 * 17 * 17, 1008  # features of each kind
+POOL, SPATIAL = 2048, 7 * 17 * 17  # features of each kind
 
 
 def find_inception(assets: Path) -> Path:
-    """pytorch-fid's weight file, in `assets`/inception or in PyTorch's hub cache. Nothing is downloaded.
+    """Find pytorch-fid's weights in `assets`/inception or in PyTorch's hub cache. Nothing is downloaded.
 
     Raises:
-        FileNotFoundError: it is in neither; says how to get it and where to put it.
+        FileNotFoundError: they are in neither; the message says how to get them.
     """
     places = [assets / "inception" / WEIGHTS, Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS]
     for place in places:
         if place.is_file():
             return place
-    raise FileNotFoundError(
-        f"no Inception weights: expected {WEIGHTS} at {places[0]} or {places[1]}. Put it there (it is in the releases "
-        "of the repository mseitzer/pytorch-fid), or have pytorch-fid download its 96 MB: "
-        'python -c "import pytorch_fid.inception as i; i.fid_inception_v3()"'
-    )
-
-
-@contextmanager
-def _read_by_pytorch_fid(path: Path) -> Iterator[None]:
-    """pytorch-fid takes no path: for a while, the weights in `path` are those in PyTorch's hub cache."""
-    cache = torch.hub.get_dir()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "checkpoints").mkdir()
-        (Path(folder) / "checkpoints" / WEIGHTS).symlink_to(Path(path).resolve(strict=True))
-        torch.hub.set_dir(folder)
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)  # pytorch-fid would run any code in the file
-            yield
-        except Exception as error:  # torch.load and load_state_dict raise whatever a damaged file makes them meet
-            raise ValueError(
-                f"{path} does not hold pytorch-fid's Inception weights ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}): remove it and fetch it again"
-            ) from error
-        finally:
-            torch.hub.set_dir(cache)
+    download = 'python -c "import pytorch_fid.inception as i; i.fid_inception_v3()"'
+    message = f"no Inception weights here or at {places[1]}: put pytorch-fid's there, or download 96 MB by {download}"
+    raise FileNotFoundError(errno.ENOENT, message, str(places[0]))
 
 
 class AdmInception(nn.Module):
-    """uint8 images -> the three kinds of features behind ADM's scores; in eval mode, float32.
+    """Map uint8 images to the three kinds of features behind ADM's scores; in eval mode, float32.
 
     Args:
         inception: the whole network, as pytorch-fid's `fid_inception_v3()` makes it.
@@ -73,18 +52,13 @@ class AdmInception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of images, uint8 (B, 3, H, W) on the network's device.
+        """Compute features of images, uint8 (B, 3, H, W) on the network's device.
 
         Returns:
             pool (B, 2048): `pool_3`;
             spatial (B, 2023): the first 7 channels of `mixed_6/conv`, flattened in H, W, C order;
             logits (B, 1008): pool times the last layer's weights, without its bias (as the suite has it).
-
-        Raises:
-            ValueError: anything but uint8 (B, 3, H, W).
         """
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            raise ValueError(f"expected images as uint8 (B, 3, H, W); found {images.dtype} {tuple(images.shape)}")
         x = (resize_like_tensorflow1(images.float(), SIDE) - 128) / 128
         # cuDNN's default, TF32, keeps 10 bits of the mantissa: not for numbers to be compared with published ones.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -95,9 +69,9 @@ class AdmInception(nn.Module):
 
 
 def resize_like_tensorflow1(images: Tensor, side: int) -> Tensor:
-    """Bilinear resizing with the source at output index x (size / side): no half-pixel offset, no antialiasing.
+    """Resize bilinearly with the source at output index x (size / side): no half-pixel offset, no antialiasing.
 
-    TensorFlow 1's resize_bilinear without align_corners, which the ADM suite's graph holds.
+    This is TensorFlow 1's resize_bilinear without align_corners, which the ADM suite's graph holds.
 
     Args:
         images: floating-point (B, C, H, W).
@@ -118,7 +92,12 @@ def resize_like_tensorflow1(images: Tensor, side: int) -> Tensor:
 
 
 def load_adm_inception(path: Path, device: torch.device | str) -> AdmInception:
-    """The network of `AdmInception` with the weights in `path`. Raises ValueError for a file without them."""
-    with _read_by_pytorch_fid(path):
-        inception = fid_inception_v3()
+    """Load the network of `AdmInception` with the weights in `path`. Raises UserError for a file without them."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)  # pytorch-fid itself would run any code
+        with patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *args, **kwargs: weights):
+            inception = pytorch_fid.inception.fid_inception_v3()
+    except Exception as error:  # torch.load and load_state_dict raise whatever a damaged file makes them meet
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path} is damaged or not pytorch-fid's Inception ({reason}): fetch it again") from error
     return AdmInception(inception).to(device)

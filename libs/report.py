@@ -1,7 +1,7 @@
 """The report of a scored set of images: metrics.json with all that decides the numbers, report.md, samples.png.
 
-FID depends on much that is not the model. So the report names it all, sets the scores beside the published ones, and
-warns of what makes them incomparable (docs/evaluation.md).
+FID depends on much that is not the model: the report names it all, sets the scores beside the published ones, and warns
+of what makes them incomparable (docs/evaluation.md).
 """
 
 import json
@@ -11,25 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
-
-import torch
 
 from libs.checkpoint import WEIGHTS_FILE
 from libs.files import file_digest, replacing
 from libs.logger import code_version
-from libs.metrics import ImageSet, KeptFeatures, NpzImages, Reference, Scores
+from libs.metrics import NpzImages, Reference, Scores
 from libs.pictures import save_grid
+from libs.sample_set import SampleSet
 
 PUBLISHED_IMAGES = 50_000  # behind published scores
-NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-}
+NAMES = dict(fid="FID", sfid="sFID", inception_score="Inception Score", precision="precision", recall="recall")
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pytorch-fid", "accelerate", "diffusers")
 N_PICTURES, COLUMNS = 40, 8  # of samples.png
 
@@ -76,23 +68,16 @@ PUBLISHED = (
 )
 
 
-def published_for(config: str) -> list[Published]:
-    """The results published for a config of this project, by the name of its file."""
-    return [result for result in PUBLISHED if config and result.config == config]
-
-
 def nearest_published(fid: float | None, size: tuple[int, int], n: int = 3) -> list[Published]:
-    """The n published results of this image size (H, W) with the nearest FIDs, by ratio."""
-    same_size = [result for result in PUBLISHED if size == (result.size, result.size)]
-    if fid is None:
-        return []
+    """Return the n published results of this image size (H, W) with the nearest FIDs, by ratio."""
+    same_size = [result for result in PUBLISHED if fid is not None and size == (result.size, result.size)]
     return sorted(same_size, key=lambda result: abs(math.log(result.fid / max(fid, 1e-9))))[:n]
 
 
 def usual_mistakes(
     n_images: int, size: tuple[int, int], reference: Reference, sampling: dict, labels: Sequence[int] | None
 ) -> list[str]:
-    """What stands between a score and the published ones, a sentence each.
+    """List what stands between a score and the published ones, a sentence each.
 
     Args:
         sampling: what is known of how the images were made (see `write_report`).
@@ -104,7 +89,7 @@ def usual_mistakes(
     if sampling.get("n_samples", n_images) != n_images:
         found.append(f"{n_images} images of a set of {sampling['n_samples']}: score the whole set")
     if Path(sampling.get("weights", "")).name in (WEIGHTS_FILE, "nnet.pth"):
-        found.append("the weights are not an average (EMA): published scores are of nnet_ema")
+        found.append("the weights are not EMA weights: published scores are of nnet_ema")
     n_classes = sampling.get("dataset.n_classes")
     if labels is not None and n_classes:
         counts = Counter(labels)
@@ -125,42 +110,36 @@ def usual_mistakes(
 def write_report(
     folder: str | Path,
     scores: Scores,
-    samples: Sequence[ImageSet],
+    samples: NpzImages | SampleSet,
     reference: Reference,
-    sampling: dict | None = None,
-    labels: Sequence[int] | None = None,
+    sampling: dict,
     device: str = "cpu",
 ) -> dict:
-    """Write metrics.json, report.md and (where there are images) samples.png into `folder`, made if need be.
+    """Write metrics.json, report.md and samples.png into `folder`, made if need be.
 
     Args:
         sampling: how the images were made: the settings that eval.py keeps in sampling.json and, where known, "config"
-            (its name), "weights" (the file) and "step". JSON values; None or empty: unknown.
-        labels: the classes asked for, one per image.
+            (its name), "weights" (the file) and "step". JSON values; empty: unknown.
         device: that the features were computed on.
 
     Returns:
         What metrics.json holds.
     """
-    folder, sampling = Path(folder), sampling or {}
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    n_images, size = sum(part.count for part in samples), samples[0].size
-    own = published_for(sampling.get("config", ""))
-    counts = Counter(labels or ())
+    own = [result for result in PUBLISHED if result.config and result.config == sampling.get("config")]
+    files = [{"file": samples.name}]
+    if isinstance(samples, NpzImages):
+        files = [{"file": str(path), "sha256": file_digest(path)} for path in samples.paths]
+    counts = Counter(samples.labels or ())
+    per_class = counts and {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
     report = {
         **scores.values,
         "not_computed": scores.reasons,
-        "warnings": usual_mistakes(n_images, size, reference, sampling, labels),
+        "warnings": usual_mistakes(samples.count, samples.size, reference, sampling, samples.labels),
         "published_for_config": [asdict(result) for result in own],
-        "nearest_published": [asdict(result) for result in nearest_published(scores.values["fid"], size)],
-        "samples": {
-            "files": [described(part) for part in samples],
-            "images": n_images,
-            "size": size,
-            "labels": {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
-            if counts
-            else "unknown",
-        },
+        "nearest_published": [asdict(result) for result in nearest_published(scores.values["fid"], samples.size)],
+        "samples": {"files": files, "images": samples.count, "size": samples.size, "labels": per_class or "unknown"},
         "sampling": sampling or "unknown",
         "reference": {
             "file": str(reference.path),
@@ -179,73 +158,39 @@ def write_report(
     }
     with replacing(folder / "metrics.json", "give another folder") as file:
         file.write(json.dumps(report, indent=1).encode())
-    pictures = pick(samples, N_PICTURES)
-    if pictures:
-        save_grid(torch.stack(pictures), folder / "samples.png", COLUMNS)
+    chosen = sorted({i * samples.count // N_PICTURES for i in range(N_PICTURES)})
+    save_grid(next(samples.batches(N_PICTURES, chosen)), folder / "samples.png", COLUMNS)
     with replacing(folder / "report.md", "give another folder") as file:
-        file.write(as_markdown(report, own, bool(pictures)).encode())
+        file.write(as_markdown(report).encode())
     return report
 
 
-def described(part: ImageSet) -> dict:
-    """Where a part of a set came from; a file with its hash."""
-    by_hash = {"sha256": file_digest(part.path)} if isinstance(part, NpzImages | KeptFeatures) else {}
-    return {"file": part.name, **by_hash}
-
-
-def pick(samples: Sequence[ImageSet], n: int) -> list[torch.Tensor]:
-    """n images (3, H, W) spread evenly over a set, fewer where there are fewer or only their features were kept."""
-    ends = list(accumulate(part.count for part in samples))
-    wanted = sorted({i * ends[-1] // n for i in range(n)})
-    pictures = []
-    for part, end in zip(samples, ends, strict=True):
-        start = end - part.count
-        if not isinstance(part, KeptFeatures):
-            pictures += part.pick([i - start for i in wanted if start <= i < end])
-    return pictures
-
-
-def as_markdown(report: dict, own: list[Published], has_pictures: bool) -> str:
-    """report.md, from what metrics.json holds."""
+def as_markdown(report: dict) -> str:
+    """Write report.md from what metrics.json holds."""
     samples, (height, width) = report["samples"], report["samples"]["size"]
     lines = [f"# Scores of {samples['images']:,} images of {width}x{height}", ""]
     lines += [f"| | {' | '.join(NAMES.values())} |", "|---" * (len(NAMES) + 1) + "|"]
-    lines.append(f"| **these images** | {' | '.join(number(report[name], 4) for name in NAMES)} |")
-    rows = own + [Published(**row) for row in report["nearest_published"] if Published(**row) not in own]
+    lines.append(f"| **these images** | {' | '.join(number(report[name], '.4f') for name in NAMES)} |")
+    own = report["published_for_config"]
+    rows = own + [row for row in report["nearest_published"] if row not in own]
     for row in rows:
-        title = f"{row.model}{', guided' if row.guided else ''} ({row.source})"
-        lines.append(f"| {title} | {' | '.join(number(getattr(row, name)) for name in NAMES)} |")
-    lines += [
-        "",
-        "Below the first row: what is published for this config, then the nearest by FID; all of 50,000 images."
-        if rows
-        else "Nothing is published for images of this size by these scores.",
-    ]
+        title = f"{row['model']}{', guided' if row['guided'] else ''} ({row['source']})"
+        lines.append(f"| {title} | {' | '.join(number(row[name], 'g') for name in NAMES)} |")
+    below = "Below the first row: what is published for this config, then the nearest by FID; all of 50,000 images."
+    lines += ["", below if rows else "Nothing is published for images of this size by these scores."]
     lines += [f"\n{NAMES[name]} was not computed: {reason}." for name, reason in report["not_computed"].items()]
     if report["warnings"]:
         lines += ["", "## Before comparing", "", *(f"- {warning}" for warning in report["warnings"])]
-    if has_pictures:
-        lines += [
-            "",
-            "## Samples",
-            "",
-            f"{N_PICTURES} at most, spread evenly over the set.",
-            "",
-            "![samples](samples.png)",
-        ]
+    lines += ["", "## Samples", "", f"{N_PICTURES} at most, spread evenly over the set.", "", "![samples](samples.png)"]
     lines += ["", "## What decides these numbers", "", "| | |", "|---|---|"]
     for section in ("samples", "sampling", "reference", "suite", "versions", "code"):
         values = report[section] if isinstance(report[section], dict) else {"": report[section]}
-        lines += [f"| {section} {key}".rstrip() + f" | {shown(value)} |" for key, value in values.items()]
+        for key, value in values.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            lines.append(f"| {section} {key}".rstrip() + " | " + text.replace("|", "\\|") + " |")
     return "\n".join(lines) + "\n"
 
 
-def number(value: float | None, digits: int | None = None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.{digits}f}" if digits else f"{value:g}"
-
-
-def shown(value: object) -> str:
-    """A JSON value in a Markdown cell."""
-    return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|")
+def number(value: float | None, form: str) -> str:
+    """Format a score, or a dash for one that is not known."""
+    return "–" if value is None else format(value, form)

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from libs import UserError
 from libs.files import check_writable, replacing
-from libs.images import ImageBatches, ImageTree, Size, batch_ranges, image_size
+from libs.images import ImageBatches, ImageTree, batch_ranges, image_size
 from libs.inception import find_inception, load_adm_inception
 from libs.launch import errors_in_one_line
 from libs.metrics import GaussianStatistics, NpzImages
@@ -31,55 +32,41 @@ from libs.metrics import GaussianStatistics, NpzImages
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", required=True, help="folder, or .npz with arr_0")
-    parser.add_argument("--out", required=True, help=".npz to write")
-    parser.add_argument(
-        "--resolution", type=image_size, help="crop in pixels, a side or HEIGHTxWIDTH; a folder needs it, an .npz not"
-    )
-    parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="image-reading processes")
-    return parser.parse_args(argv)
+def open_images(args: argparse.Namespace) -> tuple[int, Iterator[torch.Tensor]]:
+    """Open a folder or .npz: the number of images, and uint8 batches (B, 3, H, W)."""
+    if args.images.endswith(".npz"):
+        images = NpzImages(args.images)
+        return images.count, images.batches(args.batch_size)
+    if not args.resolution:
+        raise UserError("a folder of images needs --resolution, the size they are cropped to")
+    tree = ImageTree(args.images)
+    batches = ImageBatches(tree, batch_ranges(0, len(tree), args.batch_size), args.resolution)
+    return len(tree), map(refuse_unreadable, DataLoader(batches, batch_size=None, num_workers=args.workers))
 
 
-def folder_batches(folder: str, resolution: Size, batch_size: int, workers: int) -> tuple[int, Iterator[torch.Tensor]]:
-    """(number of images, uint8 tensors (B, 3, H, W) one after the other) of a folder."""
-    tree = ImageTree(folder)
-    ranges = batch_ranges(0, len(tree), batch_size)
-    loader = DataLoader(ImageBatches(tree, ranges, resolution), batch_size=None, num_workers=min(workers, len(ranges)))
-
-    def batches():
-        for images, unreadable in loader:
-            if unreadable:
-                raise ValueError(f"An image cannot be read: {unreadable[0][1]}. Replace or remove it")
-            yield images
-
-    return len(tree), batches()
+def refuse_unreadable(batch: tuple[torch.Tensor, list]) -> torch.Tensor:
+    """Return the images of a batch. Raise UserError if one could not be read."""
+    images, unreadable = batch
+    if unreadable:
+        raise UserError(f"an image cannot be read: {unreadable[0][1]}. Replace or remove it")
+    return images
 
 
 def compute(args: argparse.Namespace) -> None:
-    """Write the statistics of `args.images` to `args.out`. Raises ValueError, OSError."""
-    for name, least in (("batch_size", 1), ("workers", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}; found {getattr(args, name)}")
+    """Write the statistics of `args.images` to `args.out`. Raises UserError, OSError."""
+    if args.batch_size < 1 or args.workers < 0:
+        raise UserError("--batch_size must be at least 1, --workers at least 0")
     check_writable(args.out)
-    if args.images.endswith(".npz"):
-        images = NpzImages(args.images)
-        n_images, batches = images.count, images.batches(args.batch_size)
-    elif args.resolution:
-        n_images, batches = folder_batches(args.images, args.resolution, args.batch_size, args.workers)
-    else:
-        raise ValueError("A folder of images needs --resolution, the size they are cropped to")
+    n_images, batches = open_images(args)
     if n_images < 2:
-        raise ValueError(f"{args.images} holds {n_images} image: a covariance needs two or more")
+        raise UserError(f"{args.images} holds {n_images} image: a covariance needs two or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_adm_inception(find_inception(ASSETS), device)
     pool, spatial = GaussianStatistics(), GaussianStatistics()
-    for batch in tqdm(batches, total=-(-n_images // args.batch_size), unit="batch"):
+    for batch in tqdm(batches, total=-(-n_images // args.batch_size)):
         pool_features, spatial_features, _ = network(batch.to(device))
-        pool.update(pool_features, f"features of {args.images}")
-        spatial.update(spatial_features, f"features of {args.images}")
+        pool.update(pool_features)
+        spatial.update(spatial_features)
     (mu, sigma), (mu_s, sigma_s) = pool.mean_and_covariance(), spatial.mean_and_covariance()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.out) as file:
@@ -88,7 +75,15 @@ def compute(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--images", required=True, help="folder, or .npz with arr_0")
+    parser.add_argument("--out", required=True, help=".npz to write")
+    parser.add_argument(
+        "--resolution", type=image_size, help="crop in pixels, a side or HEIGHTxWIDTH; a folder needs it, an .npz not"
+    )
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="image-reading processes")
+    args = parser.parse_args(argv)
     with errors_in_one_line():
         compute(args)
 

@@ -31,9 +31,9 @@ import utils
 from configs.common import check_fields
 from libs import UserError, launch
 from libs.files import file_digest, replacing
-from libs.metrics import PlannedImages, SampledImages, score_sets
+from libs.metrics import PlannedImages, score_sets
 from libs.report import NAMES
-from libs.sample_set import RANGE
+from libs.sample_set import RANGE, SampleSet
 from scripts import score_digits
 
 matplotlib.use("Agg")
@@ -87,7 +87,7 @@ def open_scorer(reference: str | None, digits: str, config: ml_collections.Confi
         opened, weights = scoring
 
         def adm_scores(folder, accelerator):
-            scores = score_sets([SampledImages(folder)], opened, weights, accelerator)
+            scores = score_sets(SampleSet(folder), opened, weights, accelerator)
             return scores and scores.values
 
         identity = {"reference_sha256": file_digest(opened.path), "inception_sha256": file_digest(weights)}
