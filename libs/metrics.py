@@ -221,7 +221,7 @@ def naming_damage(path: str | Path) -> Iterator[None]:
 def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
     """Open `arr_0` of an .npz at its first value: (file, shape, dtype)."""
     with naming_damage(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        yield member, *read_npy_header(member, "arr_0")
+        yield member, *read_npy_header(member, f"{path}: arr_0")
 
 
 def read_floats(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
