@@ -45,12 +45,11 @@ def padded_attention(self: Attention, x: Tensor, t: Tensor) -> Tensor:
     forward and backward of 39 layers: 50.2 ms as they are, 25.8 ms padded (benchmarks/parts.py).
     """
     heads, d = self.num_heads, self.out.in_features // self.num_heads
-    into = rearrange(self.qkv.weight, "(three heads d) D -> three heads d D", three=3, d=d)
-    into = rearrange(F.pad(into, (0, 0, 0, -d % 8)), "three heads d D -> (three heads d) D")
+    into = F.pad(self.qkv.weight.unflatten(0, (3, heads, d)), (0, 0, 0, -d % 8)).flatten(0, 2)
     q, k, v = rearrange(F.linear(self.norm(x, t), into), "B N (three h d) -> three B h N d", three=3, h=heads)
     z = rearrange(F.scaled_dot_product_attention(q, k, v, scale=d**-0.5), "B h N d -> B N (h d)")
-    back = F.pad(rearrange(self.out.weight, "D (h d) -> D h d", d=d), (0, -d % 8))
-    return F.linear(z, rearrange(back, "D h d -> D (h d)"), self.out.bias)
+    back = F.pad(self.out.weight.unflatten(1, (heads, d)), (0, -d % 8)).flatten(1)
+    return F.linear(z, back, self.out.bias)
 
 
 def rounded_long_skip(self: LongSkip, x: Tensor, skip: Tensor) -> Tensor:

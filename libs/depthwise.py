@@ -109,7 +109,7 @@ def triton_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: boo
     The result has the precision of x: float32, bfloat16 or float16.
     """
     # Neighboring channels side by side, for the kernels' loads: a copy of k k D numbers.
-    return convolve(x, rearrange(weight, "D 1 ky kx -> (ky kx) D").contiguous(), bias, residual, False)
+    return convolve(x, weight.flatten(1).t().contiguous(), bias, residual, False)
 
 
 @torch.library.custom_op("dimr::triton_depthwise", mutates_args=())
