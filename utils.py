@@ -18,14 +18,13 @@ import sde
 from configs import common
 from libs import UserError
 from libs.autoencoder import Autoencoder, load_autoencoder
-from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
+from libs.checkpoint import find_weights, flatten_dict, load_weights, read_state_dict, saved_settings
 from libs.class_names import are_imagenets_folders, imagenet_names
 from libs.compilation import COMPILE
 from libs.dimr import DiMR, StageSpec
 from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import LatentStore
-from libs.logger import peak_flops
 from libs.metrics import PlannedImages, Reference, check_sets, fewest_images, open_reference
 from libs.pictures import finite, to_uint8
 from libs.randomness import SampleNoise, to_device
@@ -335,17 +334,11 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 # Numbers, and those of tuples: the least allowed, and the largest.
 SAMPLING_RANGES = {"seed": (0, 2**63 - 1), "sample.n_samples": (1, math.inf), "sample.mini_batch_size": (1, math.inf)}
-TRAINING_RANGES = {
-    **{
-        f"train.{name}": (1, math.inf) for name in ("n_steps", "batch_size", "accumulation", "max_skipped", "keep_last")
-    },
-    **{f"train.{name}": (1, math.inf) for name in ("log_interval", "eval_interval", "save_interval")},
-    **{f"train.{name}": (1, math.inf) for name in ("grid_classes", "grid_per_class")},
-    **{f"train.{name}": (0, math.inf) for name in ("grad_clip", "keep_interval", "fid_interval")},
-    **{name: (0, math.inf) for name in ("optimizer.lr", "optimizer.weight_decay", "lr_scheduler.warmup_steps")},
-    **{name: (0, math.nextafter(1, 0)) for name in ("optimizer.betas", "ema.rate", "ema.extra_rates")},
+TRAINING_RANGES = {  # what would otherwise be silently wrong
+    "train.keep_last": (1, math.inf),
+    **{name: (0, math.inf) for name in ("train.grad_clip", "lr_scheduler.warmup_steps")},
+    **{name: (0, math.nextafter(1, 0)) for name in ("ema.rate", "ema.extra_rates")},
     "dataset.p_uncond": (0, 1),
-    "dataset.num_workers": (0, math.inf),
 }
 
 
@@ -384,10 +377,10 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
 
 
 def check_training(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for training settings that cannot work, before anything is loaded."""
+    """Raise UserError for training settings that would fail late, or do silently what is not meant."""
     check_ranges(config, TRAINING_RANGES)
-    if len(config.optimizer.betas) != 2:
-        raise ValueError(f"config.optimizer.betas must be two numbers; found {tuple(config.optimizer.betas)}")
+    if len(config.train.grid) != 2 or min(config.train.grid) < 1:
+        raise UserError(f"config.train.grid must be (rows, columns), at least 1; found {tuple(config.train.grid)}")
     check_choice("config.train.compile", config.train.compile, COMPILE)
     if config.train.compile == "whole" and config.train.sharded:
         raise ValueError(
@@ -397,7 +390,6 @@ def check_training(config: ml_collections.ConfigDict) -> None:
     recompute = config.train.recompute
     if recompute not in ("off", "all", "selective") and not (recompute.isdigit() and int(recompute)):
         raise UserError(f"config.train.recompute must be off, all, selective or a number k; found {recompute!r}")
-    check_choice("config.wandb.mode", config.wandb.mode, ("disabled", "offline", "online"))
 
 
 def make_sampler(
@@ -478,17 +470,3 @@ def open_scoring(reference: str, required: bool, planned: PlannedImages) -> tupl
     check_sets(planned, opened)
     load_adm_inception(weights, "cpu")  # whole?
     return opened, weights
-
-
-def throughput(
-    seconds: float, config: ml_collections.ConfigDict, flops_per_image: float, accelerator: accelerate.Accelerator
-) -> dict:
-    """Images per second over all processes, FLOP/s per device (and its share of the peak if known), memory."""
-    images_per_second = config.train.batch_size / seconds
-    flops = images_per_second * flops_per_image / accelerator.num_processes
-    result = {"images_per_second": images_per_second, "tflops_per_device": flops / 1e12}
-    if peak := peak_flops(accelerator.device):
-        result["share_of_peak"] = flops / peak
-    if accelerator.device.type == "cuda":
-        result["memory_gb"] = torch.cuda.max_memory_allocated(accelerator.device) / 1e9
-    return result

@@ -80,43 +80,40 @@ def base():
     config.train = d(
         n_steps=1_000_000,  # updates
         batch_size=1024,  # images per update over all processes
-        accumulation=1,  # forward-backward passes per update
+        accumulation=1,  # micro-batches per update
         compile="auto",  # torch.compile: blocks (each by itself), whole (takes minutes), off; auto: blocks on GPUs
         # activation checkpointing: off, all, selective (keeps results of matmuls, convolutions, attention), or k: every
         # k-th block
         recompute="off",
-        sharded=False,  # spread weights, gradients, moments and averages over the processes (FSDP); False: DDP
-        log_interval=10,  # updates between log lines
-        eval_interval=5000,  # updates between grids of samples
-        save_interval=50_000,  # updates between checkpoints (one is also written at the end)
+        sharded=False,  # spread weights, gradients, moments and EMA weights over the processes (FSDP); False: DDP
+        log_interval=10,  # updates between log lines (one is also written at the end); 0: none
+        eval_interval=5000,  # updates between grids of samples; 0: none
+        save_interval=50_000,  # updates between checkpoints (one is also written at the end); 0: none
         keep_last=3,  # newest checkpoints that are kept
         keep_interval=50_000,  # checkpoints at multiples of this many updates are kept for good; 0: none
         grad_clip=0.0,  # largest norm of the gradient; 0: no clipping (published)
-        max_skipped=50,  # updates in a row that may be skipped for a loss or gradient that is not finite
         fid_interval=0,  # updates between FIDs of the EMA weights; 0: none; needs config.fid_stat
-        fid_samples=10_000,  # images for each, made in grid_steps evaluations
-        grid_classes=10,  # classes (rows) of the grid
-        grid_per_class=5,  # samples of each
+        fid_samples=10_000,  # images for each, sampled in config.sample.grid_steps NFE
+        grid=(10, 5),  # (rows, columns) of the grids: classes, and samples of each
     )
 
     config.optimizer = d(
         lr=2e-4,  # of AdamW, once warmed up; constant
         weight_decay=0.03,  # on everything but the time-dependent vectors' w and b
-        betas=(0.99, 0.99),  # of AdamW's two averages (released)
+        betas=(0.99, 0.99),  # of AdamW's moments (released)
     )
     config.lr_scheduler = d(
         warmup_steps=5000,  # updates of linear warm-up, then constant
     )
     config.ema = d(
-        rate=0.9999,  # of the average that is sampled with, per update
-        extra_rates=(),  # further rates, averaged and saved beside it
-        power_widths=(),  # EDM2's power-function averages by relative width, such as (0.05, 0.1); see docs/training.md
+        rate=0.9999,  # per update, of the EMA weights that are sampled with
+        extra_rates=(),  # of further EMA weights, saved beside them
+        power_widths=(),  # sigma_rel of EDM2's power-function EMAs, such as (0.05, 0.1); see docs/training.md
     )
     config.init = d(
         path="",  # weights to start from (file or checkpoint folder); another resolution or class count is adapted
         freeze=(),  # regular expressions of parameter names that are not trained
     )
-    config.resume_changes = ()  # settings (such as "optimizer.lr") that may differ from the checkpoint's when resuming
 
     config.sample = d(
         # dpm_solver (DPM-Solver++ singlestep of order 3; released), dpm_solver_1, dpm_solver_2 (lower orders),

@@ -1,50 +1,37 @@
-"""Feeding training: which records a process reads at which step, and reading them ahead of time.
+"""Batches for training: which records a process reads at which step, and reading them ahead of time.
 
 A data set here is anything with `len()`, `record_shape`, `n_classes`, `class_names` and `read(indices)` ->
 (records, labels) as numpy arrays: a latent store (libs/latents.py) or a tree of images (libs/images.py).
 
-Latent stores are read ahead by threads: reading them leaves Python's lock to others, and a thread hands over its arrays
-as they are, where a worker process would have to copy them through shared memory, which costs several times what
-reading does.
+Latent stores are read by threads: reads release the GIL, and a thread hands over its arrays as they are, where a worker
+process would copy them through shared memory, which costs several times what reading does.
 """
 
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from libs import UserError
 from libs.images import ImageDataset, UnreadableImage
 from libs.latents import LatentStore
 from libs.randomness import epoch_order
 
 
-def own_rows(batch_size: int, n_processes: int, process: int, accumulation: int, part: int) -> slice:
-    """The rows of the global batch that `process` handles in pass `part` of a step.
-
-    Raises:
-        ValueError: a batch that does not divide over processes and passes.
-    """
-    if batch_size % (n_processes * accumulation):
-        raise ValueError(
-            f"config.train.batch_size must be divisible by processes x accumulation; found {batch_size} for "
-            f"{n_processes} x {accumulation}"
-        )
-    size = batch_size // (n_processes * accumulation)
-    start = (process * accumulation + part) * size
-    return slice(start, start + size)
-
-
 class StepBatches:
-    """Batch sampler: for each step from `start_step` on, the record indices of this process, one list per pass.
+    """Batch sampler: for each step from `start_step` on, the record indices of this process, one array per micro-batch.
 
-    The global batch of a step is a function of (seed, step) only: epoch after epoch in the order of `epoch_order`, the
+    The global batch of a step is a function of (seed, step) alone: epoch after epoch in the order of `epoch_order`, the
     last, incomplete batch of an epoch left out.
+
+    Attributes:
+        rows: slices of the global batch, one for each micro-batch of this process.
+        steps_per_epoch: number of steps.
     """
 
     def __init__(
@@ -57,14 +44,18 @@ class StepBatches:
         process: int = 0,
         accumulation: int = 1,
     ):
-        if n_records < batch_size:
-            raise ValueError(
-                f"the data set has {n_records} records, less than one batch of {batch_size}: lower "
-                "config.train.batch_size"
+        if batch_size % (n_processes * accumulation):
+            raise UserError(
+                "config.train.batch_size must be divisible by processes x accumulation; found "
+                f"{batch_size} for {n_processes} x {accumulation}"
             )
+        if n_records < batch_size:
+            raise UserError(f"the data has {n_records} records, less than config.train.batch_size, {batch_size}")
         self.n_records, self.batch_size, self.seed, self.start_step = n_records, batch_size, seed, start_step
         self.steps_per_epoch = n_records // batch_size
-        self.rows = [own_rows(batch_size, n_processes, process, accumulation, part) for part in range(accumulation)]
+        size = batch_size // (n_processes * accumulation)
+        starts = [(process * accumulation + part) * size for part in range(accumulation)]
+        self.rows = [slice(start, start + size) for start in starts]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         first_epoch, first = divmod(self.start_step, self.steps_per_epoch)
@@ -77,9 +68,9 @@ class StepBatches:
 
 
 class TensorReads:
-    """A data set as PyTorch's loader wants it: a whole batch per request.
+    """A data set in the form that PyTorch's loader takes: a whole batch per request.
 
-    What cannot be read comes back as the error itself, to be raised in the training process: raised in a worker, its
+    An unreadable image comes back as the error itself, to be raised in the training process: raised in a worker, its
     message would arrive inside a stack trace.
     """
 
@@ -94,35 +85,37 @@ class TensorReads:
         return torch.from_numpy(records), torch.from_numpy(labels)
 
 
+def as_it_is(batch: object) -> object:
+    """Collate nothing: a batch is read whole. A function with a name, which worker processes can be sent."""
+    return batch
+
+
 def make_loader(
     dataset: LatentStore | ImageDataset, batches: StepBatches, num_workers: int, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The endless (records, labels) of `batches`, in order, read ahead.
+    """Iterate over the endless (records, labels) of `batches`, in order, read ahead.
 
-    A latent store is read by threads, which hand their arrays over as they are; images are decoded by worker
-    processes, which Python's lock does not hold up. num_workers 0 reads in the training process.
+    Args:
+        num_workers: threads that read a latent store, or worker processes that decode images, which the GIL would hold
+            up; 0 reads in the training process.
     """
     if num_workers and isinstance(dataset, LatentStore):
         return read_ahead(dataset, batches, num_workers, pin_memory)
     loader = DataLoader(
         TensorReads(dataset),
         batch_sampler=batches,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # its own: making an iterator draws from the global one otherwise
     )
-    return _or_raise(iter(loader))
+    return raise_unreadable(iter(loader))
 
 
-def _as_it_is(batch):
-    return batch
-
-
-def _or_raise(batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+def raise_unreadable(batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in batches:
-        if isinstance(batch, Exception):
+        if isinstance(batch, UnreadableImage):
             raise batch
         yield batch
 
@@ -130,13 +123,13 @@ def _or_raise(batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
 def read_ahead(
     dataset: LatentStore, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `dataset`, in order.
+    """Read the batches of `dataset` by threads, in order.
 
     Args:
         dataset: anything with `read(indices) -> (records, labels)` as numpy arrays that threads may call.
         batches: record indices of each batch; may be endless.
         n_threads: at least 1.
-        pin_memory: whether the tensors are put in page-locked memory, for copies to a GPU that do not wait.
+        pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         depth: batches read ahead per thread.
 
     Yields:
@@ -150,17 +143,17 @@ def read_ahead(
     batches = iter(batches)
     pool = threads(n_threads)
     try:
-        pending = deque(pool.submit(read, indices) for indices in islice(batches, n_threads * depth))
+        pending = deque(pool.submit(read, indices) for indices in itertools.islice(batches, n_threads * depth))
         while pending:
             batch = pending.popleft().result()
-            pending.extend(pool.submit(read, indices) for indices in islice(batches, 1))
+            pending.extend(pool.submit(read, indices) for indices in itertools.islice(batches, 1))
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def threads(number: int) -> ThreadPoolExecutor:
-    """Threads whose current GPU is this thread's: that of a new thread is the first, where it would take memory."""
+    """Make threads whose current GPU is this thread's: a new thread's is the first GPU, where it would take memory."""
     if not torch.cuda.is_initialized():
         return ThreadPoolExecutor(number)
     return ThreadPoolExecutor(number, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))

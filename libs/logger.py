@@ -1,7 +1,6 @@
-"""What a run reports and keeps of itself: losses, where the time goes, achieved FLOP/s; its settings, code and metrics.
+"""What a run reports and records: losses, time per step, FLOP/s, metrics files, its lock, the version of the code.
 
-Losses and times are summed on the device and read when a log line is written, so no step waits for the device. Settings
-and code are compared when a run is resumed.
+Losses and times are summed on the device and read when a log line is written, so no step waits for the device.
 """
 
 import errno
@@ -14,18 +13,18 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import torch
 from absl import logging
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from tqdm import tqdm
 
-# --- Losses, time and FLOP/s ------------------------------------------------------------------------------------------
+from libs import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Dense bf16/fp16 peak in FLOP/s by words of the device's name, the first that fit (data sheets, without sparsity).
 PEAK_FLOPS = {
@@ -54,26 +53,21 @@ class LossMeter:
     def __init__(self, n_resolutions: int, device: torch.device):
         # rows: loss, one per resolution, one per quartile; columns: sum, count
         self.sums = torch.zeros(1 + n_resolutions + 4, 2, device=device)
-        self.n_resolutions = n_resolutions
+        self.names = ["loss", *(f"loss_by_resolution/{r}" for r in range(n_resolutions))]
+        self.names += [f"loss_by_noise/quartile_{q}" for q in range(1, 5)]
 
-    def add(self, resolution_losses: Tensor, losses: Tensor, uniform_time: Tensor) -> None:
-        """Add a batch: losses per resolution (R, B), weighted losses (B,), and the times' draws in [0, 1) (B,)."""
-        batch = losses.shape[0]
+    def add(self, losses: Tensor, by_resolution: Tensor, uniform_time: Tensor) -> None:
+        """Add a batch: weighted losses (B,), losses per resolution (R, B), and the times' draws in [0, 1) (B,)."""
         quartiles = torch.nn.functional.one_hot((uniform_time * 4).long().clamp(0, 3), 4).to(losses.dtype)  # B 4
-        per_resolution = resolution_losses.sum(1)
-        sums = torch.cat([losses.sum()[None], per_resolution, losses @ quartiles])
-        counts = torch.cat([torch.full((1 + self.n_resolutions,), float(batch), device=sums.device), quartiles.sum(0)])
-        self.sums += torch.stack([sums, counts], dim=1)
+        sums = torch.cat([losses.sum()[None], by_resolution.sum(1), losses @ quartiles])
+        batch = torch.full((1 + len(by_resolution),), float(len(losses)), device=sums.device)
+        self.sums += torch.stack([sums, torch.cat([batch, quartiles.sum(0)])], dim=1)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes, and start again. Waits for the device; a collective call."""
+        """Return the means over all processes and start again. Waits for the device; a collective call."""
         sums, counts = accelerator.reduce(self.sums, reduction="sum").T.tolist()
         self.sums.zero_()
-        means = [s / c if c else float("nan") for s, c in zip(sums, counts, strict=True)]
-        names = ["loss"]
-        names += [f"loss_by_resolution/{r}" for r in range(self.n_resolutions)]
-        names += [f"loss_by_noise/quartile_{q}" for q in range(1, 5)]
-        return dict(zip(names, means, strict=True))
+        return {name: s / c if c else math.nan for name, s, c in zip(self.names, sums, counts, strict=True)}
 
 
 class StepTimer:
@@ -90,18 +84,18 @@ class StepTimer:
         self.seconds, self.pending, self.steps = dict.fromkeys(self.PARTS, 0.0), [], 0
         self.started = self.last = time.perf_counter()
         if self.events:
-            self.note("")
+            self.record_event("")
 
-    def note(self, part: str) -> None:
-        """An event at the end of `part`: the device works behind the host, and is asked later when it came there."""
+    def record_event(self, part: str) -> None:
+        """Record an event at the end of `part`: the device lags behind the host, and is asked for the time later."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self.pending.append((part, event))
 
     def mark(self, part: str) -> None:
-        """The time since the last mark belonged to `part`, on a GPU the device's; the last part ends the step."""
+        """Count the time since the last mark, on a GPU the device's, as `part`; the last part ends the step."""
         if self.events:
-            self.note(part)
+            self.record_event(part)
         else:
             now = time.perf_counter()
             self.seconds[part] += now - self.last
@@ -109,7 +103,7 @@ class StepTimer:
         self.steps += part == self.PARTS[-1]
 
     def read(self) -> dict[str, float]:
-        """Mean seconds per step by part and in all, and start again. Waits for the device."""
+        """Return mean seconds per step, by part and in all, and start again. Waits for the device."""
         if self.pending:
             torch.cuda.synchronize()
         for (_, before), (part, event) in itertools.pairwise(self.pending):
@@ -121,134 +115,71 @@ class StepTimer:
         return result
 
 
-def training_flops_per_image(nnet: nn.Module, shape: tuple[int, ...]) -> float:
-    """Floating-point operations of a forward and backward pass per image: three times the forward's, counted once."""
-    with torch.device("meta"):
-        inputs = torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        nnet.to("meta")(*inputs)
-    return 3.0 * counter.get_total_flops()
+def throughput(seconds: float, batch_size: int, flops_per_image: float, accelerator: Accelerator) -> dict[str, float]:
+    """Compute images/s over all processes, TFLOP/s per device, its share of a known GPU's peak, and memory in GB.
 
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak 16-bit FLOP/s of a known GPU, else None."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
-
-
-# --- The run's record -------------------------------------------------------------------------------------------------
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# Settings that change nothing of what a run computes; the others must be as in its checkpoint.
-FREE_SETTINGS = (
-    r"config\.train\.(n_steps|accumulation|sharded|compile|recompute|\w+_interval|keep_last|max_skipped)",
-    r"config\.train\.(depthwise_kernel|(grid|fid)_\w+)",
-    r"config\.((sample|wandb)\..*|init\.path|fid_stat|resume_changes.*)",
-    r"config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path)",  # the store knows its autoencoder
-)
-
-
-def flat(values: dict | list, prefix: str = "") -> dict:
-    """Nested JSON values as {"a.b[0].c": value}."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    result = {}
-    for key, value in items:
-        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
-        result |= flat(value, name) if isinstance(value, (dict, list)) and value else {name: value}
+    Args:
+        seconds: per step of `batch_size` images.
+        flops_per_image: floating-point operations of forward and backward for one image.
+    """
+    images_per_second, device = batch_size / seconds, accelerator.device
+    flops = images_per_second * flops_per_image / accelerator.num_processes
+    result = {"images_per_second": images_per_second, "tflops_per_device": flops / 1e12}
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peaks = [peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)]
+        if peaks:
+            result["share_of_peak"] = flops / peaks[0]
+        result["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return result
 
 
-def check_same_run(settings: dict, saved: dict, may_change: Sequence[str], source: Path) -> None:
-    """Compare a run's settings with those in its checkpoint (both nested JSON values).
+class Logger:
+    """The metrics of a run, to metrics.jsonl (a JSON object per line), the trackers and the progress bar.
+
+    Every process calls it; the main one writes. A full disk loses lines or a tracker, not the run.
 
     Args:
-        may_change: names (such as "optimizer.lr") that may differ, beside `FREE_SETTINGS`.
-        source: the checkpoint, for the message.
-
-    Raises:
-        ValueError: they differ in anything that matters; the message lists both values.
+        step, n_steps: where the run starts, and where it ends. Lines of metrics.jsonl after `step` are dropped.
+        batch_size, flops_per_image: see `throughput`.
     """
-    now, then = flat(settings), flat(saved)
-    allowed = FREE_SETTINGS + tuple(r"(config\.)?" + re.escape(name) + r"(\..*|\[.*)?" for name in may_change)
-    different = [
-        name
-        for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name) and not any(re.fullmatch(pattern, name) for pattern in allowed)
-    ]
-    if different:
-        lines = "".join(f"  {name}: {then.get(name)} there, {now.get(name)} now\n" for name in different)
-        names = tuple(name.removeprefix("config.") for name in different)
-        raise ValueError(
-            f"{source} was trained with other settings:\n{lines}"
-            f'Use another --workdir, or allow the change by --config.resume_changes="{names}"'
-        )
 
-
-# Where files lie may differ between nodes; what is in the data may not.
-PLACES = (
-    r"config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path|init\.path|fid_stat|sample\.autoguidance_\w+)"
-)
-
-
-def check_same_everywhere(settings: dict) -> None:
-    """Were all processes started alike, on the same data? A collective call.
-
-    Raises:
-        ValueError: on all processes, if the settings (nested JSON values) of two differ in more than `PLACES`.
-    """
-    mine = {name: value for name, value in flat(settings).items() if not re.fullmatch(PLACES, name)}
-    first, *others = gather_object([mine])
-    for process, other in enumerate(others, 1):
-        names = [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]
-        if names:
-            found = "; ".join(f"{name}: {first.get(name)} on 0, {other.get(name)} on {process}" for name in names)
-            raise ValueError(f"processes 0 and {process} were started differently ({found}): give all the same command")
-
-
-def become_only_writer(workdir: Path) -> IO:
-    """Lock a work folder until the file returned is closed or the process ends.
-
-    Raises:
-        ValueError: another process writes into it.
-    """
-    file = open(workdir / ".lock", "w")  # noqa: SIM115 (closing it ends the lock)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(
-            f"another training writes into {workdir}: wait for it or end it, or give another --workdir"
-        ) from None
-    except OSError as error:  # a file system without locks
-        logging.warning("%s cannot be locked (%s): let no other training write into it", workdir, error)
-    return file
-
-
-@functools.cache
-def code_version() -> str:
-    """The git commit of this code, "unknown" outside a checkout, and PyTorch's version."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return f"{commit}, torch {torch.__version__}"
-
-
-class MetricsLog:
-    """A file of one JSON object per logged step, each written at once; resuming at a step drops what came after it."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if step and path.exists() else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line for line in lines if _step_of(line) <= step))
-        temporary.replace(path)
+    def __init__(
+        self,
+        workdir: Path,
+        accelerator: Accelerator,
+        step: int,
+        n_steps: int,
+        n_resolutions: int,
+        batch_size: int,
+        flops_per_image: float,
+    ):
+        self.accelerator, self.path, main = accelerator, workdir / "metrics.jsonl", accelerator.is_main_process
+        self.batch_size, self.flops_per_image = batch_size, flops_per_image
+        self.losses = LossMeter(n_resolutions, accelerator.device)
+        self.timer = StepTimer(accelerator.device)
+        self.progress = tqdm(total=n_steps, initial=step, unit="step", disable=not main, dynamic_ncols=True)
+        if main:
+            drop_later_lines(self.path, step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line; on a full disk it is lost, the run is not."""
+        """Log `metrics` with the mean losses, times and throughput since the last line. A collective call."""
+        metrics = {**self.losses.read(self.accelerator), **metrics, **self.timer.read()}
+        seconds = metrics["seconds_per_step/all"]
+        metrics |= throughput(seconds, self.batch_size, self.flops_per_image, self.accelerator)
+        self.log(step, metrics)
+        self.progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write `metrics` as they are."""
+        if not self.accelerator.is_main_process:
+            return
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tracker.log(metrics, step=step)
+            except OSError as error:
+                logging.error("%s is given up, training goes on: %s", tracker.name, error)
+                self.accelerator.trackers.remove(tracker)
         line = (json.dumps({"step": step, **metrics}) + "\n").encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -260,19 +191,39 @@ class MetricsLog:
             logging.error("metrics of step %d are lost, training goes on: %s", step, error)
 
 
-def _step_of(line: str) -> float:
-    """The step of a whole line of the metrics file; infinity for what is left of one."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, TypeError, KeyError):
-        return math.inf
+def drop_later_lines(path: Path, step: int) -> None:
+    """Keep the lines of a metrics file up to `step`; what a power cut has left of others goes too."""
 
-
-def log_to_trackers(accelerator: Accelerator, metrics: dict[str, float], step: int) -> None:
-    """TensorBoard and Weights & Biases. One that cannot write (a full disk) is given up for the rest of the run."""
-    for tracker in list(accelerator.trackers):
+    def step_of(line: str) -> float:
         try:
-            tracker.log(metrics, step=step)
-        except OSError as error:
-            logging.error("%s is given up, training goes on: %s", tracker.name, error)
-            accelerator.trackers.remove(tracker)
+            return json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            return math.inf
+
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if step and path.exists() else []
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line for line in lines if step_of(line) <= step))
+    temporary.replace(path)
+
+
+def lock_workdir(workdir: Path) -> IO:
+    """Lock a work folder against a second training run, until the returned file is closed or the process ends."""
+    file = open(workdir / ".lock", "w")  # noqa: SIM115 (closing it ends the lock)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another training writes into {workdir}: end it, or set another --workdir") from None
+    except OSError as error:  # a file system without locks
+        logging.warning("%s cannot be locked (%s): let no other training write into it", workdir, error)
+    return file
+
+
+@functools.cache
+def code_version() -> str:
+    """Return the git commit of this code ("unknown" outside a checkout) and PyTorch's version."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return f"{commit}, torch {torch.__version__}"

@@ -1,9 +1,9 @@
-"""The published optimiser, AdamW with its decay rule, the learning-rate warm-up, and averages of the weights.
+"""The published optimizer, AdamW with its decay rule, learning-rate warm-up, clipping, and EMA weights.
 
-Exponential moving averages: the published one, more rates at once, and power functions. Power-function averages and
-their reconstruction afterwards ("post-hoc EMA"): Karras et al., "Analyzing and Improving the Training Dynamics of
-Diffusion Models" (EDM2, arXiv 2312.02696), section 3 and appendix C. A profile of exponent gamma weighs the weights of
-step tau by tau^gamma up to the present; its width is given relative to the training so far.
+EMA weights: constant rates, and EDM2's power functions, from which any other can be reconstructed after training
+("post-hoc EMA": Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696,
+section 3 and appendix C). A power function of exponent gamma weighs the weights of step tau by tau^gamma up to the
+present; EDM2 names it by sigma_rel, its standard deviation relative to the length of training.
 """
 
 import copy
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from libs import sharding
+from libs import UserError, sharding
 
 NO_DECAY = (".time_weight", ".time_bias")  # w and b of the time-dependent vectors; gains and biases do decay
 
 
 def split_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(decayed, not decayed) trainable parameters: only the time-dependent vectors' w and b are spared."""
+    """Return (decayed, not decayed) trainable parameters: only the time-dependent vectors' w and b are spared."""
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -27,14 +27,14 @@ def split_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
 
 
 def make_adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW (eps 1e-8) over a model's trainable parameters with the decay rule of `split_decay`."""
+    """Make a fused AdamW (eps 1e-8) over a model's trainable parameters with the decay rule of `split_decay`."""
     decayed, spared = split_decay(model)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=True)
 
 
 def warmup_lr(lr: float, step: int, warmup_steps: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up, then constant; the first update has rate 0."""
+    """Compute the learning rate of update `step` (from 0): linear warm-up from 0, then constant."""
     return lr * min(step / warmup_steps, 1.0) if warmup_steps else lr
 
 
@@ -45,13 +45,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def clip_or_skip(optimizer: torch.optim.Optimizer, max_norm: float, skipped: Tensor) -> Tensor:
-    """Clip gradients to `max_norm` (0: leave them) and have the next step skipped if their norm is not finite.
+    """Clip gradients to `max_norm` (0: no clipping), and skip the next step if their norm is not finite.
 
-    Nothing waits for the device: the fused AdamW itself leaves weights and moments alone when `found_inf` is set, as
-    the gradient scaler of fp16 does. Of a sharded model the norm is that of the whole gradient, the same everywhere.
+    The host does not wait for the device: the fused AdamW itself leaves weights and moments alone when `found_inf` is
+    set, as the gradient scaler of fp16 does. Under FSDP the norm is that of the whole gradient on every process.
 
     Args:
-        skipped: float tensor (2,), skipped updates in a row and in all; brought up to date.
+        skipped: float tensor (2,), skipped updates in a row and in all; updated in place.
 
     Returns:
         The norm before clipping, a scalar tensor.
@@ -66,24 +66,24 @@ def clip_or_skip(optimizer: torch.optim.Optimizer, max_norm: float, skipped: Ten
     return norm
 
 
-# --- Averages of the weights ------------------------------------------------------------------------------------------
+# --- EMA weights ------------------------------------------------------------------------------------------------------
 
 
 class EMA:
-    """ema <- rate · ema + (1 - rate) · weights after every update, starting from the initial weights.
+    """Exponential moving average of a network's weights: ema <- rate · ema + (1 - rate) · weights after every update.
 
-    One fused multi-tensor operation per update; `model` is the averaged network, ready to sample with. Both networks
-    may be sharded (alike) before the first update; each process then averages its own pieces.
+    Starts from the initial weights; `model` holds the EMA weights, ready to sample with. An update is one fused
+    multi-tensor operation. Both networks may be sharded by FSDP, alike, before the first update.
     """
 
     def __init__(self, model: nn.Module, rate: float):
         self.rate = rate
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.source = model
-        self.pairs = None  # taken at the first update: sharding puts other tensors in the networks
+        self.pairs = None  # collected at the first update: FSDP replaces the networks' tensors
 
     def rate_at(self, step: int) -> float:
-        """The rate of update `step`, counted from 1."""
+        """Return the rate of update `step`, counted from 1."""
         return self.rate
 
     @torch.no_grad()
@@ -94,57 +94,53 @@ class EMA:
         averaged, current = self.pairs
         torch._foreach_lerp_(averaged, current, 1 - self.rate_at(step))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
-
 
 class PowerEMA(EMA):
-    """EDM2's power-function average: at step t (from 1) the rate is (1 - 1/t)^(gamma + 1).
+    """EDM2's power-function EMA: at step t (from 1) the rate is (1 - 1/t)^(gamma + 1).
 
     Args:
-        width: the profile's standard deviation as a share of the training so far (EDM2's sigma_rel), in (0, 0.28).
+        sigma_rel: standard deviation of the profile relative to the length of training, in (0, 0.28).
     """
 
-    def __init__(self, model: nn.Module, width: float):
-        self.gamma = gamma_of_width(width)
+    def __init__(self, model: nn.Module, sigma_rel: float):
+        self.gamma = gamma_of(sigma_rel)
         super().__init__(model, rate=0.0)
 
     def rate_at(self, step: int) -> float:
         return (1 - 1 / step) ** (self.gamma + 1)
 
 
-def gamma_of_width(width: float) -> float:
-    """The exponent of the profile of a relative width. Raises ValueError outside (0, 0.28), where there is none."""
-    if not 0 < width < 0.28:
-        raise ValueError(f"the relative width of a power-function EMA must be in (0, 0.28); found {width:g}")
-    # width² (g + 2)² (g + 3) = g + 1, a cubic with one positive root
-    roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
+def gamma_of(sigma_rel: float) -> float:
+    """Return the exponent of the profile with this sigma_rel (EDM2, equation 3). Raises UserError outside (0, 0.28)."""
+    if not 0 < sigma_rel < 0.28:
+        raise UserError(f"sigma_rel of a power-function EMA must be in (0, 0.28); found {sigma_rel:g}")
+    # sigma_rel² (g + 2)² (g + 3) = g + 1, a cubic with one positive root
+    roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
 
 
 def profile_product(step_a: float, gamma_a: float, step_b: float, gamma_b: float) -> float:
-    """Integral of the product of two profiles, each (gamma + 1) tau^gamma / step^(gamma + 1) on [0, step]."""
+    """Integrate the product of two profiles, each (gamma + 1) tau^gamma / step^(gamma + 1) on [0, step]."""
     if step_a > step_b:
         step_a, gamma_a, step_b, gamma_b = step_b, gamma_b, step_a, gamma_a
     scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
     return scale * (step_a / step_b) ** gamma_b / step_b
 
 
-def posthoc_weights(stored: list[tuple[int, float]], step: int, width: float) -> np.ndarray:
-    """Weights of stored averages whose sum comes closest to the average of another width (EDM2, section 3.2).
+def posthoc_coefficients(stored: list[tuple[int, float]], step: int, sigma_rel: float) -> np.ndarray:
+    """Solve for the linear combination of stored EMA weights that is closest to another profile (EDM2, section 3.2).
 
     Least squares between profiles, whose products have a closed form.
 
     Args:
-        stored: (step, width) of each stored average.
-        step: the training step at which the wanted average ends.
-        width: its relative width.
+        stored: (step, sigma_rel) of each stored EMA.
+        step, sigma_rel: of the wanted EMA.
 
     Returns:
-        One weight per stored average; they add up to about 1.
+        One coefficient per stored EMA; they add up to about 1.
     """
-    profiles = [(t, gamma_of_width(w)) for t, w in stored]
-    wanted = (step, gamma_of_width(width))
+    profiles = [(t, gamma_of(s)) for t, s in stored]
+    wanted = (step, gamma_of(sigma_rel))
     products = np.array([[profile_product(*a, *b) for b in profiles] for a in profiles])
     target = np.array([profile_product(*a, *wanted) for a in profiles])
     return np.linalg.lstsq(products, target, rcond=None)[0]

@@ -1,6 +1,6 @@
-"""Where random numbers come from: each is a function of the seed and of what it is for, never of process or history.
+"""Random numbers: each is a function of the seed and of what it is for, never of the process or of what came before.
 
-So the same command gives the same run on any number of processes, and a run resumed at a step goes on exactly.
+So the same command gives the same run on any number of processes, and a run resumes exactly at any step.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def epoch_order(n_records: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the records: a permutation of 0..n_records-1."""
+    """Return the order in which an epoch visits the records: a permutation of 0..n_records-1."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n_records)
 
 
@@ -29,13 +29,13 @@ class SampleNoise:
         self.shape, self.device = shape, device
 
     def draw(self) -> Tensor:
-        """The next standard normal numbers of every sample: (len(indices), C, H, W) float32."""
+        """Draw the next standard normal numbers of every sample: (len(indices), C, H, W) float32."""
         rows = [generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators]
         return to_device(torch.from_numpy(np.stack(rows)), self.device)
 
 
 def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:
-    """A generator on `device` for the draws of one training step."""
+    """Make a generator on `device` for the draws of one training step."""
     # Mixed to 32 bits because PyTorch's CPU generator reads no more of its seed.
     mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint32)
     return torch.Generator(device).manual_seed(int(mixed[0]))
@@ -55,9 +55,9 @@ class StepDraws:
 
 
 def step_draws(seed: int, step: int, batch_size: int, shape: tuple[int, ...], device: torch.device | str) -> StepDraws:
-    """All draws of training step `step` for the whole global batch.
+    """Make all draws of training step `step` for the whole global batch.
 
-    Every process makes all rows and keeps its own, so how the batch is divided changes nothing. At batch 1024 of
+    Every process makes all rows and uses its own, so how the batch is divided changes nothing. At batch 1024 of
     4x32x32 latents this is 34 MB, made on the device.
     """
     generator = step_generator(seed, step, device)
@@ -67,7 +67,7 @@ def step_draws(seed: int, step: int, batch_size: int, shape: tuple[int, ...], de
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on `device`. To a GPU through page-locked memory: from ordinary memory the host may have to wait."""
+    """Copy a CPU tensor to `device`: to a GPU through page-locked memory, as the host may wait for other copies."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -90,7 +90,7 @@ def make_tiny_config(tiny_autoencoder: Path, tiny_latents: Path):
     config.autoencoder.pretrained_path = str(tiny_autoencoder)
     for stage in config.nnet.stages:
         stage.dim, stage.depth = 16, 3
-    config.train.update(n_steps=6, batch_size=12, log_interval=1, eval_interval=4, save_interval=3, grid_classes=2)
+    config.train.update(n_steps=6, batch_size=12, log_interval=1, eval_interval=4, save_interval=3, grid=(2, 5))
     config.lr_scheduler.warmup_steps = 2
     config.sample.update(sample_steps=4, grid_steps=3, n_samples=12, mini_batch_size=5)
     return config

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import utils
 from libs import checkpoint
-from libs.checkpoint import find_weights, read_state_dict, released_name, save_checkpoint
+from libs.checkpoint import find_weights, read_state_dict, released_name
 from libs.files import file_digest
+from libs.train_state import save_checkpoint
 from scripts import convert_checkpoint as converting
 
 

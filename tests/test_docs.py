@@ -34,7 +34,6 @@ NOT_RUN = {
     "scripts/test.sh": "runs these tests",
     "scripts/first_losses.sh": "is run by hand before and after a change",
     "benchmarks/cpu.sh": "takes 20 minutes and 24 GB",
-    "benchmarks/faults.py": "takes half an hour; test_faults.py injects the same faults",
 }
 NEEDS = {
     "ImageNet": r"imagenet|IMAGENET|ImageNet",

@@ -255,5 +255,5 @@ def test_u_vit_style_folder(tiny_config, weights, tmp_path):
     assert utils.load_network_weights(nnet, folder) == folder / "nnet_ema.pth"
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"a folder without nnet_ema.safetensors or nnet_ema.pth"):
+    with pytest.raises(ValueError, match=r"a folder without nnet_ema.safetensors or nnet_ema.pth"):
         utils.load_network_weights(nnet, folder)

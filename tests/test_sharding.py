@@ -1,4 +1,4 @@
-"""Sharded training: the losses of DDP, the files of one process, and nobody left waiting.
+"""FSDP: the losses of DDP, the files of one process, and nobody left waiting.
 
 As a program under a launcher (`tests/test_sharding.py WHAT ...`) this file is what each process of a test does.
 """
@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import sys
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from conftest import load_config, overrides
 from forked import Forked
-from test_train import assert_same_checkpoint, losses
+from test_train import assert_same_checkpoint, assert_same_tensors, losses, wait_for_step
 
 import train as training
 from configs.common import check_fields
-from libs import checkpoint, launch, sharding
-from libs.optim import EMA, clip_or_skip, make_adamw
+from libs import checkpoint, launch, sharding, train_state
+from libs.optim import EMA, make_adamw
+from libs.train_state import TrainState, read_checkpoint
 
 SHARDED = "--config.train.sharded=True"
 
@@ -31,20 +32,15 @@ def column(workdir, name) -> list[float]:
 
 
 def start_ranks(*command, processes=2, own=None, **env) -> list[Forked]:
-    """Processes of a run without a launcher between: a test can stop one of them, and nothing else has to start.
-
-    `own`: further words for each of them.
-    """
+    """Start the processes of a run without a launcher: a test can stop one of them. `own`: further words for each."""
     own = own or [[]] * processes
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**env, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        Forked(*command, *own[rank], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(processes)
-    ]
+    env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = range(processes)
+    return [Forked(*command, *own[k], env={**env, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in ranks]
 
 
 def join(ranks, expected=0) -> list[str]:
@@ -63,15 +59,6 @@ def run_ranks(*command, **kwargs) -> str:
     return join(start_ranks(*command, **kwargs))[0]
 
 
-def wait_for_step(workdir, step):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (workdir / "metrics.jsonl").exists() and len(losses(workdir)) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError("training did not get going")
-
-
 def resume_point(workdir, other, step):
     """A work folder as it was after `step` updates."""
     other.mkdir()
@@ -82,7 +69,7 @@ def resume_point(workdir, other, step):
 
 @pytest.fixture
 def config(tiny_config):
-    """12 updates of 2 passes, clipped (so that a norm of only one's own piece would show), saved half-way."""
+    """12 updates of 2 micro-batches, clipped (so that a norm of only one's own piece would show), saved half-way."""
     tiny_config.train.update(n_steps=12, save_interval=6, eval_interval=8, accumulation=2, grad_clip=0.05)
     return tiny_config
 
@@ -93,9 +80,10 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("ddp"), tmp_path_factory.mktemp("sharded")
 
 
+@pytest.mark.slow
 def test_losses_are_ddps(config, runs):
     said = []
-    for workdir, flags in zip(runs, ([], [SHARDED, "--config.train.recompute=1"]), strict=True):
+    for workdir, flags in zip(runs, ([], [SHARDED, "--config.train.recompute=all"]), strict=True):
         errors = run_ranks("train.py", *overrides(config), *flags, f"--workdir={workdir}")
         said.append(next(line for line in errors.splitlines() if "MB of weights" in line))
         assert (workdir / "samples" / "8.png").exists()
@@ -105,41 +93,33 @@ def test_losses_are_ddps(config, runs):
     assert min(column(ddp, "grad_norm")) > config.train.grad_clip  # clipping was at work
     whole, half = (float(line.split(" MB")[0].split()[-1]) for line in said)
     assert half == pytest.approx(whole / 2, rel=0.02)
-    assert said[0].endswith("whole") and said[1].endswith("sharded")
+    assert said[0].endswith("whole") and said[1].endswith("FSDP")
 
 
-def test_files_are_those_of_one_process(config, runs):
-    (_, one), (state, other) = (checkpoint.read_checkpoint(workdir / "ckpts" / "12.ckpt") for workdir in runs)
+@pytest.mark.slow
+def test_files_are_those_of_one_process(config, runs, tmp_path):
+    (_, one), (saved, other) = (read_checkpoint(workdir / "ckpts" / "12.ckpt") for workdir in runs)
     assert one.keys() == other.keys()
     for file, named in one.items():
-        assert {n: (t.shape, t.dtype) for n, t in named.items()} == {
-            n: (t.shape, t.dtype) for n, t in other[file].items()
-        }
+        shapes = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (named, other[file])]
+        assert shapes[0] == shapes[1]
     # Into the objects of a single process and out again, nothing changes.
-    nnet = training.utils.build_network(config)
-    averages = training.make_averages(nnet, config)
-    optimizer = make_adamw(nnet, 1e-3, (0.9, 0.99), 0.03)
-    workdir = runs[1]
-    settings = {name: state[name] for name in ("config", "accelerate", "data")}
-    assert training.resume(workdir / "ckpts", settings, (), nnet, averages, optimizer, None) == 12
-    assert_same_tensors(training.gather_state(nnet, averages, optimizer, main=True), other)
+    process = SimpleNamespace(device=torch.device("cpu"), num_processes=1, scaler=None)
+    state = training.make_state(config, tmp_path, process)
+    state.resume(runs[1] / "ckpts", {name: saved[name] for name in ("config", "mixed_precision", "data")})
+    assert state.step == 12
+    assert_same_tensors(state.tensors(), other)
 
 
-def assert_same_tensors(one, other):
-    assert one.keys() == other.keys()
-    for file, named in one.items():
-        assert named.keys() == other[file].keys()
-        for name, tensor in named.items():
-            assert torch.equal(tensor, other[file][name]), (file, name)
-
-
-def test_one_process_goes_on_from_a_sharded_checkpoint(config, runs, tmp_path):
+@pytest.mark.slow
+def test_one_process_resumes_from_an_fsdp_checkpoint(config, runs, tmp_path):
     workdir = resume_point(runs[1], tmp_path / "plain", 6)
     training.train(config, workdir)
     np.testing.assert_allclose(losses(workdir), losses(runs[1]), rtol=2e-5)
 
 
-def test_killed_it_goes_on_exactly(config, runs, tmp_path):
+@pytest.mark.slow
+def test_killed_it_resumes_exactly(config, runs, tmp_path):
     config.train.save_interval = 1
     ranks = start_ranks("train.py", *overrides(config), SHARDED, f"--workdir={tmp_path}")
     wait_for_step(tmp_path, 5)
@@ -147,12 +127,13 @@ def test_killed_it_goes_on_exactly(config, runs, tmp_path):
         rank.kill()
     join(ranks, expected=-signal.SIGKILL)
     assert len(losses(tmp_path)) < 12, "it ended before it was killed"
-    assert "going on from" in run_ranks("train.py", *overrides(config), SHARDED, f"--workdir={tmp_path}")
+    assert "resuming from" in run_ranks("train.py", *overrides(config), SHARDED, f"--workdir={tmp_path}")
     assert losses(tmp_path) == losses(runs[1])
     assert_same_checkpoint(tmp_path / "ckpts" / "12.ckpt", runs[1] / "ckpts" / "12.ckpt")
 
 
-def test_sharded_goes_on_from_a_whole_checkpoint_whatever_comes(config, runs, tmp_path):
+@pytest.mark.slow
+def test_fsdp_resumes_from_a_ddp_checkpoint_whatever_comes(config, runs, tmp_path):
     """The losses of the run that wrote it; then a checkpoint cannot be written, and another process than the main one
     is asked to stop: nobody is left waiting."""
     workdir = resume_point(runs[0], tmp_path / "run", 6)
@@ -166,7 +147,7 @@ def test_sharded_goes_on_from_a_whole_checkpoint_whatever_comes(config, runs, tm
     step = int((workdir / "requeue").read_text())
     folders = checkpoint.checkpoint_folders(workdir / "ckpts")
     assert folders[0].name == f"{step}.ckpt" and "8.ckpt" not in [folder.name for folder in folders]
-    checkpoint.read_checkpoint(folders[0])
+    read_checkpoint(folders[0])
 
 
 def test_processes_started_differently_are_told(config, tmp_path):
@@ -178,11 +159,13 @@ def test_processes_started_differently_are_told(config, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_pieces(runs):
     """What `pieces` below asserts in each of three processes, where most tensors do not divide."""
     run_ranks(__file__, "pieces", runs[0] / "ckpts" / "12.ckpt", processes=3)
 
 
+@pytest.mark.slow
 def test_bf16_is_autocasts(config, runs, tmp_path):
     config.train.n_steps = 3
     said = run_ranks(
@@ -191,16 +174,16 @@ def test_bf16_is_autocasts(config, runs, tmp_path):
     assert "bf16 precision" in said
     off = np.abs(np.array(losses(tmp_path)) / losses(runs[1])[:3] - 1).max()
     assert 1e-6 < off < 1e-2  # not float32 arithmetic, and close to it
-    _, tensors = checkpoint.read_checkpoint(tmp_path / "ckpts" / "3.ckpt")
+    _, tensors = read_checkpoint(tmp_path / "ckpts" / "3.ckpt")
     assert {tensor.dtype for named in tensors.values() for tensor in named.values()} == {torch.float32}
 
 
 def test_settings_that_cannot_work(config, tmp_path, monkeypatch):
     config.train.sharded = True
-    with pytest.raises(ValueError, match=r"config.train.sharded .* found 1: start more"):
+    with pytest.raises(ValueError, match=r"config.train.sharded needs several processes, found 1"):
         training.train(config, tmp_path / "run")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"started with its own FSDP .* set --config.train.sharded=True"):
+    with pytest.raises(ValueError, match=r"--use_fsdp is accelerate's own FSDP.*set config.train.sharded=True"):
         training.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -220,7 +203,7 @@ def test_losses_are_ddps_on_gpus_in_bf16(config, tmp_path):
 
 
 def full_disk():
-    save_file, calls = checkpoint.save_file, []
+    save_file, calls = train_state.save_file, []
 
     def full_at_first(tensors, path):
         calls.append(path)
@@ -228,7 +211,7 @@ def full_disk():
             raise OSError(28, "No space left on device", str(path))
         save_file(tensors, path)
 
-    checkpoint.save_file = full_at_first
+    train_state.save_file = full_at_first
     launch.define_config_flag("")
     training.flags.DEFINE_string("workdir", None, "")
     launch.run(training.main, check_fields)
@@ -242,79 +225,70 @@ def pieces(folder):
     config.dataset.n_classes = 3
     for stage in config.nnet.stages:
         stage.dim, stage.depth = 16, 3
-    _, tensors = checkpoint.read_checkpoint(training.Path(folder))
+    _, tensors = read_checkpoint(training.Path(folder))
 
     def build(sharded):
         torch.manual_seed(0)
         nnet = training.utils.build_network(config)
-        average = EMA(nnet, 0.5)
+        ema = EMA(nnet, 0.5)
         if sharded:
-            sharding.shard(nnet, [average.model], torch.device("cpu"))
-        optimizer = make_adamw(nnet, 1e-3, (0.9, 0.99), 0.03)
+            sharding.shard(nnet, [ema.model], torch.device("cpu"))
+        state = TrainState(nnet, {checkpoint.EMA_FILE: ema}, make_adamw(nnet, 1e-3, (0.9, 0.99), 0.03))
         checkpoint.load_weights(nnet, tensors[checkpoint.WEIGHTS_FILE], "")
-        checkpoint.load_weights(average.model, tensors[checkpoint.EMA_FILE], "")
-        checkpoint.load_optimizer_tensors(optimizer, nnet, tensors[checkpoint.OPTIMIZER_FILE])
-        return nnet, average, optimizer
+        checkpoint.load_weights(ema.model, tensors[checkpoint.EMA_FILE], "")
+        state.load_optimizer(tensors[checkpoint.OPTIMIZER_FILE])
+        return state
 
-    (plain, plain_average, plain_optimizer), (nnet, average, optimizer) = build(False), build(True)
+    plain, state = build(False), build(True)
+    nnet, ema, plain_ema = state.nnet, *(s.emas[checkpoint.EMA_FILE].model for s in (state, plain))
 
-    # Pieces of weights, averages and moments; an axis that does not divide leaves the last processes less.
-    for part in (nnet.parameters(), average.model.parameters()):
-        here = sum(sharding.local(p).numel() for p in part)
-        total = sum(p.numel() for p in plain.parameters())
-        assert here == pytest.approx(total / size, rel=0.3)
-    moments = [s["exp_avg"] for s in optimizer.state.values()]
-    assert sharding.local_bytes(moments) < sharding.local_bytes(plain.parameters()) * 0.67
+    # Shards of weights, EMA weights and moments; an axis that does not divide leaves the last processes less.
+    total = sum(p.numel() for p in plain.nnet.parameters())
+    moments = [s["exp_avg"] for s in state.optimizer.state.values()]
+    for part in (nnet.parameters(), ema.parameters(), moments):
+        assert sum(sharding.local(p).numel() for p in part) == pytest.approx(total / size, rel=0.3)
 
     # To the bit what was read, and on the main process only.
-    state = training.gather_state(nnet, {checkpoint.EMA_FILE: average}, optimizer, main=rank == 0)
+    gathered = state.tensors()
     if rank == 0:
-        assert_same_tensors(state, tensors)
-    assert rank == 0 or state == {file: {} for file in tensors}
+        assert_same_tensors(gathered, tensors)
+    assert rank == 0 or gathered == {file: {} for file in tensors}
 
     generator = torch.Generator().manual_seed(1)
     x, t = torch.randn(6, 4, 8, 8, generator=generator), torch.rand(6, generator=generator) * 1000
     y, own = torch.arange(6) % 4, slice(rank * 6 // size, (rank + 1) * 6 // size)
 
     # Whole for as long as it is needed, and only then; processes need not keep step within.
-    with sharding.whole(average.model), torch.no_grad():
+    with sharding.whole(ema), torch.no_grad():
         for _ in range(rank):
-            outputs = average.model(x, t, y)
-            assert torch.equal(outputs[-1], plain_average.model(x, t, y)[-1])
-    assert all(isinstance(p, sharding.DTensor) for p in average.model.parameters())
+            assert torch.equal(ema(x, t, y)[-1], plain_ema(x, t, y)[-1])
+    assert all(isinstance(p, sharding.DTensor) for p in ema.parameters())
 
     # Updates as of the whole batch in one process, in float32 and bf16, clipped.
-    for step, bf16 in enumerate((False, False, True)):
-        for network, rows in ((plain, slice(None)), (nnet, own)):
+    for bf16 in (False, False, True):
+        for each, rows in ((plain, slice(None)), (state, own)):
+            each.optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                outputs = network(x[rows], t[rows], y[rows])
+                outputs = each.nnet(x[rows], t[rows], y[rows])
             sum(output.float().square().mean() for output in outputs).backward()
-        norms = [clip_or_skip(o, 0.01, torch.zeros(2)) for o in (plain_optimizer, optimizer)]
+        norms = [each.update(0.01) for each in (plain, state)]
         torch.testing.assert_close(norms[1], norms[0], rtol=1e-2 if bf16 else 1e-5, atol=0)
-        for each in (plain_optimizer, optimizer):
-            each.step()
-            each.zero_grad()
-        for each in (plain_average, average):
-            each.update(step + 1)
         if not bf16:
-            for one, other in ((nnet, plain), (average.model, plain_average.model)):
+            for one, other in ((nnet, plain.nnet), (ema, plain_ema)):
                 for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
                     torch.testing.assert_close(sharding.full(p.detach()), q.detach(), rtol=1e-4, atol=1e-5, msg=name)
 
     # A gradient that overflows in one process only is nobody's update, and the loss scale falls everywhere.
     before = [sharding.local(p.detach()).clone() for p in nnet.parameters()]
-    scaler, skipped = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.zeros(2)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for overflow in (True, False):
+        state.optimizer.zero_grad()
         loss = sum(output.square().mean() for output in nnet(x[own], t[own], y[own]))
-        scaler.scale(loss * (float("inf") if overflow and rank == 1 else 1.0)).backward()
-        scaler.unscale_(optimizer)
-        clip_or_skip(optimizer, 0.0, skipped)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        state.scaler.scale(loss * (float("inf") if overflow and rank == 1 else 1.0)).backward()
+        state.update(0.0)
         same = all(torch.equal(sharding.local(p.detach()), q) for p, q in zip(nnet.parameters(), before, strict=True))
-        assert same == overflow and scaler.get_scale() == 512.0
-    assert skipped.tolist() == [0.0, 1.0]
+        assert same == overflow and state.scaler.get_scale() == 512.0
+    assert state.skipped.tolist() == [0.0, 1.0]
     dist.barrier()
     dist.destroy_process_group()
 

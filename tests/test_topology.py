@@ -1,21 +1,22 @@
-"""The same run on any number of processes, passes and machines, and what happens when one of them is lost."""
+"""The same run on any number of processes, micro-batches and machines, and what happens when one is lost."""
 
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from conftest import ROOT, make_tiny_config, overrides, run
-from forked import Forked
-from test_train import losses
+from test_sharding import join, start_ranks
+from test_train import assert_same_checkpoint, losses, wait_for_step
 
 import train as training
 
+pytestmark = pytest.mark.slow
 STEPS, HALF = 50, 25
 ROUND_OFF = (2e-5, 1e-3)  # relative, of losses and gradient norms: sums of float32 in another order
 
@@ -60,34 +61,17 @@ def half_of_two(tmp_path_factory, tiny_autoencoder, tiny_latents):
     return workdir
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def two_machines(config, workdir):
     """accelerate's launcher on either of two "machines", talking over the loopback interface."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "2"]
-    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    machines = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                *launch,
-                "--machine_rank",
-                str(rank),
-                "train.py",
-                *overrides(config),
-                f"--workdir={workdir}",
-            ],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    program = ["train.py", *overrides(config), f"--workdir={workdir}"]
+    commands = [[sys.executable, *launch, "--machine_rank", str(rank), *program] for rank in range(2)]
+    machines = [subprocess.Popen(each, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for each in commands]
     errors = [machine.communicate(timeout=300)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], errors
     assert "2 processes x" in errors[0]
@@ -108,7 +92,7 @@ def test_four_processes(config, straight, tmp_path):
     assert_same_curves(tmp_path, straight)
 
 
-def test_four_passes(config, straight, tmp_path):
+def test_four_micro_batches(config, straight, tmp_path):
     config.train.accumulation = 4
     training.train(config, tmp_path)
     assert_same_curves(tmp_path, straight)
@@ -124,24 +108,20 @@ def test_moved_from_two_processes_to_one_to_four(config, straight, half_of_two, 
     assert_same_curves(tmp_path / "run", straight)
 
 
-def test_a_lost_process_ends_the_others_with_one_line(config, tmp_path):
-    """Ranks started without a launcher, which would end the other one itself."""
-    config.train.update(n_steps=100_000, save_interval=100_000)
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = ["train.py", *overrides(config), f"--workdir={tmp_path}"]
-    ranks = [Forked(*command, env={**env, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(2)]
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 3:
-            assert time.monotonic() < deadline and ranks[0].poll() is None
-            time.sleep(0.05)
-        ranks[1].kill()
-        _, errors = ranks[0].communicate(timeout=60)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert ranks[0].returncode == 1
+@pytest.mark.parametrize("lost", [1, 0])
+def test_a_lost_process_ends_the_others_with_one_line(config, tmp_path, lost):
+    """Ranks started without a launcher, which would end the other one itself; re-run, they resume exactly."""
+    config.train.update(n_steps=60, save_interval=10, eval_interval=0)
+    command = ["train.py", *overrides(config)]
+    join(start_ranks(*command, f"--workdir={tmp_path / 'straight'}"))
+    ranks = start_ranks(*command, f"--workdir={tmp_path / 'lost'}")
+    wait_for_step(tmp_path / "lost", 12)
+    ranks[lost].kill()
+    _, errors = ranks[1 - lost].communicate(timeout=60)
+    ranks[lost].communicate()
+    assert (ranks[lost].returncode, ranks[1 - lost].returncode) == (-signal.SIGKILL, 1), errors
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "another process of this run is gone; re-run the command to resume" in said[0], errors
     assert "Traceback" not in errors
+    join(start_ranks(*command, f"--workdir={tmp_path / 'lost'}"))
+    assert_same_checkpoint(*(tmp_path / name / "ckpts" / "60.ckpt" for name in ("lost", "straight")))
