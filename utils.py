@@ -18,7 +18,7 @@ import sde
 from configs import common
 from libs import UserError
 from libs.autoencoder import Autoencoder, load_autoencoder
-from libs.checkpoint import find_weights, flatten_dict, load_weights, read_state_dict, saved_settings
+from libs.checkpoint import find_weights, load_weights, read_state_dict, saved_settings
 from libs.class_names import are_imagenets_folders, imagenet_names
 from libs.compilation import COMPILE
 from libs.dimr import DiMR, StageSpec

@@ -238,16 +238,6 @@ def ema_profile(weights: Path) -> str:
     return f"rate {saved['config']['ema']['rate']:g}" if saved else ""
 
 
-def flatten_dict(values: dict | list, prefix: str = "") -> dict:
-    """Flatten nested JSON values to {"a.b[0].c": value}."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    result = {}
-    for key, value in items:
-        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
-        result |= flatten_dict(value, name) if isinstance(value, (dict, list)) and value else {name: value}
-    return result
-
-
 # --- Starting from other weights --------------------------------------------------------------------------------------
 
 

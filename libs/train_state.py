@@ -29,12 +29,12 @@ from libs.checkpoint import (
     STATE_FILE,
     WEIGHTS_FILE,
     checkpoint_folders,
-    flatten_dict,
     load_weights,
 )
 from libs.files import file_digest, flush_to_disk, json_digest
 from libs.logger import code_version
 from libs.optim import EMA, PowerEMA, clip_or_skip
+from libs.sample_set import flatten_dict
 from libs.sharding import split_like
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole on the main process, {} on the others
