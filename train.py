@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -38,6 +39,20 @@ from libs.images import ImageDataset, uint8_to_float
 from libs.latents import LatentStore
 from libs.launch import REQUEUE_STATUS, StopRequest, raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference
+from libs.model import (
+    Model,
+    build_empty_network,
+    build_network,
+    build_network_on_meta,
+    build_stages,
+    config_from_json,
+    config_json,
+    image_size,
+    loss_weights,
+    network_differences,
+    open_autoencoder,
+    open_guide,
+)
 from libs.optim import EMA, PowerEMA, clip_or_skip, make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
 
@@ -79,10 +94,10 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
     """Load config.init.path, fitted to this model, unless `resuming`; freeze what config.init.freeze names."""
     if config.init.path and not resuming:
         file = checkpoint.find_weights(config.init.path)
-        if different := utils.differences_of_networks(config, file, but=("z_shape", "dataset.n_classes")):
+        if different := network_differences(config, file, but=("z_shape", "dataset.n_classes")):
             logging.warning("%s was trained in another network: %s", file, "; ".join(different))
         saved = checkpoint.saved_settings(file)
-        stages = utils.build_stages(utils.config_from_json(saved["config"])) if saved else []
+        stages = build_stages(config_from_json(saved["config"])) if saved else []
         grids = [(stage.max_height, stage.max_width) for stage in stages]
         state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file), grids)
         checkpoint.load_weights(nnet, state, str(file))
@@ -101,7 +116,7 @@ def run_settings(
 ) -> dict:
     """Everything that decides what a run computes, as nested JSON values, to be compared when it is resumed."""
     return {
-        "config": utils.config_json(config),
+        "config": config_json(config),
         "accelerate": {"mixed_precision": accelerator.mixed_precision},
         "data": {"n_records": len(dataset), "sha256": dataset.digest},
     }
@@ -132,7 +147,7 @@ def resume(
             logging.warning("passed over: %s", error)
             continue
         saved = {name: state.get(name, {}) for name in settings}
-        saved["config"] = utils.config_json(utils.config_from_json(saved["config"]))  # with what was added since
+        saved["config"] = config_json(config_from_json(saved["config"]))  # with what was added since
         logger.check_same_run(settings, saved, may_change, folder)
         checkpoint.load_weights(nnet, tensors[checkpoint.WEIGHTS_FILE], str(folder))
         for name, average in averages.items():
@@ -212,7 +227,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     sharding.check_launcher()
     utils.check_training(config)
     utils.check_sampling(config)
-    weights = utils.loss_weights(config)
+    weights = loss_weights(config)
     schedule = sde.get_schedule(config.schedule)
     n_processes, process = accelerator.num_processes, accelerator.process_index
     rows = [
@@ -221,17 +236,17 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     ]
     torch.manual_seed(config.seed)
     resuming = bool(checkpoint.checkpoint_folders(workdir / "ckpts"))
-    nnet = utils.build_empty_network(config, device) if resuming else utils.build_network(config).to(device)
+    nnet = build_empty_network(config, device) if resuming else build_network(config).to(device)
     null_label = nnet.null_label
-    weaker, _ = utils.open_weaker_network(config, device)
-    autoencoder = utils.open_autoencoder(config, device)
+    guide = open_guide(config, device)
+    autoencoder = open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
     identity = run_settings(config, accelerator, dataset)
     class_names = dataset.class_names if config.dataset.n_classes else []
     logger.check_same_everywhere(identity)
     scoring = None
     if settings.fid_interval:
-        planned = PlannedImages(settings.fid_samples, utils.image_size(config, autoencoder), "config.train.fid_samples")
+        planned = PlannedImages(settings.fid_samples, image_size(config, autoencoder), "config.train.fid_samples")
         scoring = utils.open_scoring(config.fid_stat, False, planned)
 
     start_from(nnet, config, resuming)
@@ -268,15 +283,15 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             workdir.mkdir(parents=True, exist_ok=True)
             lock = logger.become_only_writer(workdir)
             (workdir / REQUEUE_FILE).unlink(missing_ok=True)
-            (workdir / "config.json").write_text(json.dumps(utils.config_json(config), indent=1))
+            (workdir / "config.json").write_text(json.dumps(config_json(config), indent=1))
             log = logger.MetricsLog(workdir / "metrics.jsonl", step)
     if main:
         describe_run(config, workdir, nnet, averages, accelerator, len(dataset), batches.steps_per_epoch)
     accelerator.init_trackers(
         os.environ.get("WANDB_PROJECT", "dimr") if config.wandb.mode != "disabled" else "tensorboard",
-        init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": utils.config_json(config)}},
+        init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": config_json(config)}},
     )
-    if config.sample.scale > 1 and config.dataset.n_classes and not config.dataset.p_uncond and weaker is None:
+    if config.sample.scale > 1 and config.dataset.n_classes and not config.dataset.p_uncond and guide is None:
         logging.warning(
             "config.dataset.p_uncond is 0, which leaves the null class of guidance (config.sample.scale %g) untrained",
             config.sample.scale,
@@ -288,12 +303,11 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
     uses = sum((settings.n_steps - step) // k for k in (settings.eval_interval, settings.fid_interval) if k)
     compile_ema = uses > 1 and not settings.sharded
     compile_network(sampled_network, choose_compile(settings.compile, device) if compile_ema else "off")
-    sample = utils.make_sampler(
-        config, sampled_network, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps, weaker
-    )
-    flops_per_image = logger.training_flops_per_image(utils.build_network_on_meta(config), tuple(config.z_shape))
+    model = Model(config, sampled_network, device, accelerator.mixed_precision, guide, autoencoder)
+    sample = model.sampler(steps=config.sample.grid_steps)
+    flops_per_image = logger.training_flops_per_image(build_network_on_meta(config), tuple(config.z_shape))
     losses, timer = logger.LossMeter(len(weights), device), logger.StepTimer(device)
-    loss_weights = torch.tensor(weights, device=device)
+    weighting = torch.tensor(weights, device=device)
     skipped = torch.zeros(2, device=device)  # updates that were not finite: in a row, in all
     saved_step, status = step, 0
     progress = tqdm(total=settings.n_steps, initial=step, unit="step", disable=not main, dynamic_ncols=True)
@@ -314,7 +328,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
                 x0 = to_network_input(records, own, autoencoder)
                 by_resolution = resolution_losses(wrapped, schedule, x0, labels, own, p_uncond, null_label)
-                loss = sde.weighted_sum(by_resolution, loss_weights)  # (B,)
+                loss = sde.weighted_sum(by_resolution, weighting)  # (B,)
                 accelerator.backward(loss.mean() / settings.accumulation)
             losses.add(by_resolution.detach(), loss.detach(), own.uniform_time)
             timer.mark("forward_backward")
@@ -367,9 +381,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
 
         if scoring and step % settings.fid_interval == 0:
             with sharding.whole(sampled_network):
-                fid = fid_of_samples(
-                    config, workdir / "fid" / str(step), sampled_network, autoencoder, accelerator, scoring, weaker
-                )
+                fid = fid_of_samples(model, workdir / "fid" / str(step), accelerator, scoring)
             if fid is not None:
                 logger.log_to_trackers(accelerator, {"fid": fid}, step)
                 log.write(step, {"fid": fid})
@@ -389,7 +401,7 @@ def run_training(config: ml_collections.ConfigDict, workdir: str | Path, stop: S
             status = status or 1
     # The wrapped model and what refers to it go before the processes part (see launch.finish).
     del nnet, wrapped, wrapped_optimizer, optimizer, data, loss, by_resolution, losses, averages, sample
-    del sampled_network
+    del sampled_network, model
     if lock is not None:
         lock.close()
     launch.finish(accelerator)
@@ -425,19 +437,13 @@ def describe_run(
 
 
 def fid_of_samples(
-    config: ml_collections.ConfigDict,
-    folder: Path,
-    nnet: nn.Module,
-    autoencoder: Autoencoder | None,
-    accelerator: accelerate.Accelerator,
-    scoring: tuple[Reference, Path] | None,
-    weaker: nn.Module | None,
+    model: Model, folder: Path, accelerator: accelerate.Accelerator, scoring: tuple[Reference, Path] | None
 ) -> float | None:
     """FID of config.train.fid_samples images, by the code of eval.py; the images are removed. None but on the main
     process, and where it failed, which is logged."""
-    config = ml_collections.ConfigDict(config)
+    config = ml_collections.ConfigDict(model.config)
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
-    height, width = utils.image_size(config, autoencoder)
+    height, width = image_size(config, model.autoencoder)
     enough = None
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
@@ -448,7 +454,7 @@ def fid_of_samples(
         return None
     scores = None
     try:
-        scores = evaluation.sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker)
+        scores = evaluation.sample_and_score(replace(model, config=config), folder, accelerator, scoring)
     except (ValueError, OSError) as error:  # on all processes, or on the main one after all that they do together
         logging.error("no FID at this step, training goes on: %s", error)
     accelerator.wait_for_everyone()

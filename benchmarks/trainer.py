@@ -35,6 +35,7 @@ from libs.autoencoder import load_autoencoder
 from libs.data import StepBatches
 from libs.latents import StoreWriter
 from libs.launch import StopRequest
+from libs.model import build_network, loss_weights, open_autoencoder
 from libs.optim import EMA, make_adamw
 from libs.randomness import step_draws
 
@@ -86,11 +87,11 @@ def real_turn(config, workdir):
 def bare_turn(config):
     """The same of forward, backward and optimiser step alone, on the same batches."""
     torch.manual_seed(config.seed)
-    nnet, schedule = utils.build_network(config).train(), sde.get_schedule(config.schedule)
+    nnet, schedule = build_network(config).train(), sde.get_schedule(config.schedule)
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
-    autoencoder = utils.open_autoencoder(config, torch.device("cpu"))
+    autoencoder = open_autoencoder(config, torch.device("cpu"))
     dataset = utils.open_dataset(config, autoencoder)
-    weights = torch.tensor(utils.loss_weights(config))
+    weights = torch.tensor(loss_weights(config))
     inputs, batches = [], StepBatches(len(dataset), config.train.batch_size, config.seed)
     for step, indices in enumerate(islice(batches, config.train.n_steps)):
         records, labels = map(torch.from_numpy, dataset.read(indices))

@@ -24,11 +24,11 @@ from PIL import Image
 from test_train import assert_same_checkpoint, losses
 
 import train as training
-import utils
 from libs import checkpoint, pictures
 from libs.files import json_digest
 from libs.latents import LatentStore
 from libs.logger import MetricsLog, log_to_trackers
+from libs.model import Model, build_network, config_json, network_differences
 from libs.optim import EMA, PowerEMA, gamma_of_width, posthoc_weights
 
 
@@ -287,7 +287,7 @@ def test_a_setting_added_since_the_checkpoint_has_its_default_there(tiny_config,
     tiny_config.train.n_steps = 4
     training.train(tiny_config, tmp_path)
     assert len(losses(tmp_path)) == 4
-    utils.check_trained_as(tiny_config, tmp_path / "ckpts" / "3.ckpt" / "nnet_ema.safetensors")
+    assert not network_differences(tiny_config, tmp_path / "ckpts" / "3.ckpt" / "nnet_ema.safetensors")
     tiny_config.train.n_steps = 5
     tiny_config.nnet.norm_type = "RMSN"
     with pytest.raises(ValueError, match=r"config.nnet.norm_type: TDRMSN there, RMSN now"):
@@ -304,12 +304,11 @@ def test_old_checkpoints_are_pruned(tiny_config, tmp_path):
 def test_starting_from_weights_of_another_size(tiny_config, tmp_path, tiny_autoencoder):
     tiny_config.train.n_steps = 3
     training.train(tiny_config, tmp_path / "first")
-    source = training.utils.build_network(tiny_config)
-    training.utils.load_network_weights(source, tmp_path / "first" / "ckpts" / "3.ckpt")
+    source = Model.open(tmp_path / "first" / "ckpts" / "3.ckpt", tiny_config).nnet
     tiny_config.z_shape = (4, 16, 8)
     tiny_config.dataset.n_classes = 7
     tiny_config.init.update(path=str(tmp_path / "first" / "ckpts" / "3.ckpt"), freeze=(r"^stages\.0\.blocks",))
-    nnet = training.utils.build_network(tiny_config)
+    nnet = build_network(tiny_config)
     fresh = nnet.stages[0].class_embed.weight.clone()
     training.start_from(nnet, tiny_config)
     assert torch.equal(nnet.stages[0].class_embed.weight, fresh)
@@ -330,15 +329,15 @@ def test_starting_from_weights_of_another_size(tiny_config, tmp_path, tiny_autoe
 def test_position_tables_are_read_as_the_grid_saved_with_them(tiny_config, tmp_path, old, new):
     """A table whose cells hold their row and column, which interpolation keeps but for the ends of the grid."""
     tiny_config.z_shape = (4, *old)
-    source = training.utils.build_network(tiny_config)
+    source = build_network(tiny_config)
     rows, columns = torch.meshgrid(*(torch.linspace(0, 1, n) for n in old), indexing="ij")
     table = source.stages[1].pos_embed.weight.data
     table[:, :2] = torch.stack([rows, columns], dim=-1).flatten(0, 1)
-    metadata = {checkpoint.CONFIG_KEY: json.dumps(utils.config_json(tiny_config))}
+    metadata = {checkpoint.CONFIG_KEY: json.dumps(config_json(tiny_config))}
     safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors", metadata)
     tiny_config.z_shape = (4, *new)
     tiny_config.init.path = str(tmp_path / "weights.safetensors")
-    nnet = training.utils.build_network(tiny_config)
+    nnet = build_network(tiny_config)
     training.start_from(nnet, tiny_config)
     found = nnet.stages[1].pos_embed.weight.data[:, :2].unflatten(0, new)
     expected = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in new), indexing="ij"), dim=-1)
@@ -350,7 +349,7 @@ def test_frozen_parts_stay_as_they_are(tiny_config, tmp_path):
     tiny_config.init.freeze = (r"^stages\.0",)
     tiny_config.train.n_steps = 3
     torch.manual_seed(tiny_config.seed)
-    initial = training.utils.build_network(tiny_config).state_dict()
+    initial = build_network(tiny_config).state_dict()
     training.train(tiny_config, tmp_path)
     _, tensors = checkpoint.read_checkpoint(tmp_path / "ckpts" / "3.ckpt")
     for name, tensor in tensors["nnet.safetensors"].items():
@@ -425,7 +424,7 @@ def test_posthoc_script_on_a_run(tiny_config, tmp_path):
     assert all(torch.allclose(rebuilt[name], kept[name], atol=1e-5) for name in kept)
     assert checkpoint.ema_profile(out) == "width 0.1, reconstructed"
     assert checkpoint.saved_settings(out) == {
-        "config": training.utils.config_json(tiny_config),
+        "config": config_json(tiny_config),
         "step": 6,
         "class_names": ["class0", "class1", "class2"],
     }

@@ -21,6 +21,7 @@ from test_train import assert_same_checkpoint, losses
 import train as training
 from configs.common import check_fields
 from libs import checkpoint, launch, sharding
+from libs.model import build_network
 from libs.optim import EMA, clip_or_skip, make_adamw
 
 SHARDED = "--config.train.sharded=True"
@@ -116,7 +117,7 @@ def test_files_are_those_of_one_process(config, runs):
             n: (t.shape, t.dtype) for n, t in other[file].items()
         }
     # Into the objects of a single process and out again, nothing changes.
-    nnet = training.utils.build_network(config)
+    nnet = build_network(config)
     averages = training.make_averages(nnet, config)
     optimizer = make_adamw(nnet, 1e-3, (0.9, 0.99), 0.03)
     workdir = runs[1]
@@ -246,7 +247,7 @@ def pieces(folder):
 
     def build(sharded):
         torch.manual_seed(0)
-        nnet = training.utils.build_network(config)
+        nnet = build_network(config)
         average = EMA(nnet, 0.5)
         if sharded:
             sharding.shard(nnet, [average.model], torch.device("cpu"))
