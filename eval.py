@@ -15,29 +15,25 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
 import ml_collections
 import numpy as np
-import torch
 from absl import flags, logging
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
 from tqdm import tqdm
 
-import sde
 import utils
 from configs.common import check_fields
 from libs import UserError, launch
-from libs.autoencoder import Autoencoder
-from libs.checkpoint import ema_profile, find_weights, load_weights, read_state_dict
-from libs.compilation import choose_compile, compile_network, round_weights
-from libs.files import advise_on_write_error, file_digest, replacing
+from libs.checkpoint import ema_profile
+from libs.files import file_digest, replacing
 from libs.launch import raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference, Scores, score_sets
+from libs.model import Model, Sampler, config_json, image_size, network_settings
 from libs.pictures import check_finite
 from libs.report import NAMES, write_report
 from libs.sample_set import (
@@ -69,25 +65,22 @@ def chosen_indices(text: str | None, n_samples: int) -> range:
     return range(int(match[1]), int(match[2]))
 
 
-def sampling_settings(
-    config: ml_collections.ConfigDict,
-    weights: Path,
-    weaker_weights: Path | None,
-    autoencoder: Autoencoder | None,
-    precision: str,
-) -> dict:
-    """Everything that decides the images of a set, as JSON. What is off (None, "") is left out."""
-    settings = utils.config_json(config.sample)
+def sampling_settings(model: Model) -> dict:
+    """Return everything that decides the images of a set, as JSON. What is off (None, "") is left out."""
+    config, guide = model.config, model.guide
+    settings = config_json(config.sample)
     for name in ("grid_steps", "autoguidance_path", "autoguidance_config"):
         del settings[name]
+    guiding = {"autoguidance_sha256": file_digest(guide.weights)} if guide else {}
+    if config.sample.autoguidance_config:  # another network
+        guiding |= {f"autoguidance.{name}": value for name, value in network_settings(guide.config).items()}
     settings = {
-        "weights_sha256": file_digest(weights),
-        "autoguidance_sha256": file_digest(weaker_weights) if weaker_weights else None,
+        "weights_sha256": file_digest(model.weights),
+        **guiding,
         "seed": config.seed,
-        **utils.network_settings(config),
-        **guiding_settings(config),
-        "autoencoder": autoencoder.identity["sha256"] if autoencoder else None,
-        "mixed_precision": precision,
+        **network_settings(config),
+        "autoencoder": model.autoencoder.identity["sha256"] if model.autoencoder else None,
+        "mixed_precision": model.precision,
         **settings,
         "scale_pow": settings["scale_pow"] or None,
         "compile": settings["compile"].removeprefix("off"),
@@ -95,30 +88,19 @@ def sampling_settings(
     return {name: value for name, value in settings.items() if value not in (None, "")}
 
 
-def guiding_settings(config: ml_collections.ConfigDict) -> dict:
-    """What the guiding network is, where its config is another one."""
-    if not config.sample.autoguidance_config:
-        return {}
-    other = utils.network_settings(utils.load_config(config.sample.autoguidance_config))
-    return {f"autoguidance.{name}": value for name, value in other.items()}
-
-
-def check_same_settings(folder: Path, settings: dict) -> None:
-    """Raises ValueError when `folder` holds images made with other settings; the message lists the differences."""
-    found = read_settings(folder)
-    if not found:
-        if folder.is_dir() and not all(TEMPORARY_NAME.fullmatch(path.name) for path in folder.iterdir()):
-            raise ValueError(f"{folder} holds files but no {SETTINGS_FILE}: give an empty or new --IMGsave_path")
-        return
-    if different := differences(found, settings):
-        raise ValueError(
-            f"{folder} holds images made with other settings ({'; '.join(different)}): give another --IMGsave_path or "
-            "remove the folder"
-        )
-
-
 def begin_set(folder: Path, indices: range, labels: Sequence[int], settings: dict | None) -> None:
-    """Make the folder, with its settings (None: a set that is not kept) and labels; remove half-written files."""
+    """Make the folder, with its settings and labels, and remove half-written files.
+
+    Args:
+        labels: of all images of the set.
+        settings: what decides the images. A folder made with others is refused. None: the set is not kept.
+    """
+    if settings is not None:
+        found = read_settings(folder)
+        if not found and folder.is_dir() and not all(TEMPORARY_NAME.fullmatch(path.name) for path in folder.iterdir()):
+            raise UserError(f"{folder} holds files but no {SETTINGS_FILE}: give an empty or new --IMGsave_path")
+        if found and (different := differences(found, settings)):
+            raise UserError(f"{folder} holds images made with other settings ({'; '.join(different)}): set another")
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(folder)
     texts = {LABELS_FILE: "".join(f"{labels[i]}\n" for i in indices)}
@@ -132,7 +114,7 @@ def begin_set(folder: Path, indices: range, labels: Sequence[int], settings: dic
 def batches_to_make(
     folder: Path, indices: range, settings: ml_collections.ConfigDict, accelerator: accelerate.Accelerator
 ) -> list[range]:
-    """The batches of which `folder` lacks a file. The main process looks and tells the others, so that all agree."""
+    """Return the batches of which `folder` lacks an image, found by the main process, so that all agree."""
     unfinished = None
     if accelerator.is_main_process:
         batches = batches_of(indices, settings.n_samples, settings.mini_batch_size)
@@ -143,38 +125,31 @@ def batches_to_make(
 
 
 def sample_set(
-    sample: Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]],
+    sample: Sampler,
     config: ml_collections.ConfigDict,
     folder: Path,
     indices: range,
     labels: Sequence[int],
     accelerator: accelerate.Accelerator,
 ) -> None:
-    """Make those of the images `indices` that `folder` lacks, this process's share of them, and wait for the others'.
+    """Make this process's share of the images that `folder` lacks, and wait for the other processes.
 
-    A batch with a missing image is made whole, so that its arithmetic is the same, and only what is missing is written.
-    The last one is filled up, so that all have one size and nothing is compiled for another.
-    The next batch is begun before the last one has left the device; reading it back, encoding and writing are done by
-    threads (see SetWriter).
+    A batch with a missing image is made whole, and the last one is filled up, so that the arithmetic is the same and
+    nothing is compiled for another size. The next batch begins before the last one has left the device: threads read it
+    back, encode and write it. Of a batch with an image that is not finite none is written.
 
     Args:
-        sample: what `utils.make_sampler` gives.
+        sample: of `Model.sampler`.
         labels: of all images of the set.
-
-    Raises:
-        ValueError: images that are not finite; none of their batch is written.
     """
     batches = batches_to_make(folder, indices, config.sample, accelerator)
     n_processes, process = accelerator.num_processes, accelerator.process_index
     size = min(config.sample.mini_batch_size, len(labels))
-    progress = tqdm(
-        total=len(indices),
-        initial=len(indices) - sum(len(intersect(batch, indices)) for batch in batches),
-        unit="image",
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-        smoothing=0.05,
+    done, hidden = (
+        len(indices) - sum(len(intersect(batch, indices)) for batch in batches),
+        not accelerator.is_main_process,
     )
+    progress = tqdm(total=len(indices), initial=done, unit="image", disable=hidden, dynamic_ncols=True, smoothing=0.05)
     with raise_on_all_ranks(accelerator), SetWriter(folder) as writer:
         for start in range(0, len(batches), n_processes):
             together = batches[start : start + n_processes]  # one for each process
@@ -196,64 +171,43 @@ def sample_set(
 
 
 def sample_and_score(
-    config: ml_collections.ConfigDict,
+    model: Model,
     folder: Path,
-    nnet: nn.Module,
-    autoencoder: Autoencoder | None,
     accelerator: accelerate.Accelerator,
     scoring: tuple[Reference, Path] | None = None,
-    weaker: nn.Module | None = None,
     indices: range | None = None,
     settings: dict | None = None,
 ) -> Scores | None:
-    """Make the images and labels of a set in `folder`, and score them, on all processes.
+    """Sample the set that model.config.sample describes into `folder`, and score it, on all processes.
 
     Args:
         scoring: the reference and the Inception weights (see `utils.open_scoring`); None: no scores.
-        weaker: network that guides (see `utils.open_weaker_network`).
         indices: the images to make; None: all. A part of a set is not scored.
-        settings: what decides the images, to be kept beside them.
+        settings: see `begin_set`.
 
     Returns:
         The scores on the main process; None on others, and where nothing was to be scored.
     """
+    config = model.config
     n_samples, n_classes = config.sample.n_samples, config.dataset.n_classes
     indices = range(n_samples) if indices is None else indices
     labels = [balanced_label(i, n_samples, n_classes) for i in range(n_samples)]
     with raise_on_all_ranks(accelerator):  # no process writes before the folder is ready
         if accelerator.is_main_process:
             begin_set(folder, indices, labels, settings)
-    sample = utils.make_sampler(
-        config,
-        nnet,
-        nnet.null_label,
-        sde.get_schedule(config.schedule),
-        autoencoder,
-        accelerator,
-        config.sample.sample_steps,
-        weaker,
-    )
     started = time.perf_counter()
-    sample_set(sample, config, folder, indices, labels, accelerator)
-    logging.info(
-        "%s and their labels are in %s, after %.0f seconds", span(indices), folder, time.perf_counter() - started
-    )
+    sample_set(model.sampler(), config, folder, indices, labels, accelerator)
+    logging.info("%s and labels in %s, after %.0f seconds", span(indices), folder, time.perf_counter() - started)
     if len(indices) < n_samples:
-        logging.info("a part of %d images: img2npz.py puts parts together, evaluate_npz.py scores the whole", n_samples)
+        logging.info("a part of %d images: img2npz.py joins parts, evaluate_npz.py scores the whole", n_samples)
         return None
     return score_sets(SampleSet(folder), *scoring, accelerator) if scoring else None
 
 
-def report(
-    folder: Path,
-    scores: Scores,
-    reference: Reference,
-    sampling: dict,
-    device: torch.device,
-) -> None:
+def report(folder: Path, scores: Scores, reference: Reference, sampling: dict, device: str) -> None:
     """Write the report of a scored set into `<folder>_report` and log the scores."""
     images, out = SampleSet(folder), folder.with_name(f"{folder.resolve().name}_report")
-    found = write_report(out, scores, images, reference, sampling, device.type)
+    found = write_report(out, scores, images, reference, sampling, device)
     for name, title in NAMES.items():
         logging.info("%s: %s", title, scores.reasons.get(name) or f"{scores.values[name]:.4f}")
     for warning in found["warnings"]:
@@ -262,35 +216,9 @@ def report(
 
 
 def checkpoint_step(weights: Path) -> int | None:
-    """The step of weights in a folder <step>.ckpt, None for others."""
+    """Return the step of weights in a folder <step>.ckpt, None for others."""
     folder = weights.resolve().parent
     return int(folder.stem) if folder.suffix == ".ckpt" and folder.stem.isdigit() else None
-
-
-def open_networks(
-    config: ml_collections.ConfigDict, nnet_path: str, accelerator: accelerate.Accelerator
-) -> tuple[dict, dict]:
-    """What sampling computes with, ready on the device, None where there is none, and the files that were read.
-
-    ({"nnet", "weaker", "autoencoder"}, {"nnet", "weaker"}). What config.sample.compile=auto stands for is put in its
-    place: it decides the images' last bits.
-
-    Raises:
-        ValueError, OSError: settings or files that do not fit.
-    """
-    device = accelerator.device
-    weights = find_weights(nnet_path)
-    state = read_state_dict(weights)
-    utils.check_trained_as(config, weights)
-    nnet = utils.build_empty_network(config, device).eval()
-    load_weights(nnet, state, str(weights))
-    weaker, weaker_weights = utils.open_weaker_network(config, device)
-    config.sample.compile = choose_compile(config.sample.compile, device)
-    for network in [nnet, weaker] if weaker else [nnet]:
-        round_weights(network, accelerator.mixed_precision)
-        compile_network(network, config.sample.compile, final_weights=True)
-    autoencoder = utils.open_autoencoder(config, device)
-    return {"nnet": nnet, "weaker": weaker, "autoencoder": autoencoder}, {"nnet": weights, "weaker": weaker_weights}
 
 
 def evaluate(
@@ -304,12 +232,9 @@ def evaluate(
     """Sample config.sample.n_samples images into `folder` with the weights at `nnet_path`, and score them.
 
     Args:
-        indices: FIRST:END, make that part of the set only.
         metrics: reference to score against; None: config.fid_stat, if it and the Inception weights are there.
         config_name: name of the config's file, for the report.
-
-    Raises:
-        ValueError, FileNotFoundError: settings or files that do not fit, before anything is made.
+        indices: FIRST:END, make that part of the set only.
     """
     folder = Path(folder)
     utils.check_sampling(config)
@@ -317,50 +242,39 @@ def evaluate(
     accelerator = launch.make_accelerator()
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
-    networks, files = open_networks(config, nnet_path, accelerator)
-    nnet, weaker, autoencoder = networks["nnet"], networks["weaker"], networks["autoencoder"]
-    weights = files["nnet"]
-
-    size = utils.image_size(config, autoencoder)
-    planned = PlannedImages(config.sample.n_samples, size, "config.sample.n_samples")
+    model = open_model(nnet_path, config, accelerator)
+    planned = PlannedImages(config.sample.n_samples, image_size(config, model.autoencoder), "config.sample.n_samples")
     scoring = utils.open_scoring(metrics or config.fid_stat, metrics is not None, planned)
-    settings = sampling_settings(config, weights, files["weaker"], autoencoder, accelerator.mixed_precision)
-    settings[RANGE] = [chosen.start, chosen.stop]
-    with advise_on_write_error(folder, "set --IMGsave_path"):
-        check_same_settings(folder, settings)
-        accelerator.wait_for_everyone()  # every process has looked before one writes
-        folder.mkdir(parents=True, exist_ok=True)
-    logging.info("%s: %s, guidance scale %g", weights, span(chosen), config.sample.scale)
-    scores = sample_and_score(config, folder, nnet, autoencoder, accelerator, scoring, weaker, chosen, settings)
+    settings = {**sampling_settings(model), RANGE: [chosen.start, chosen.stop]}
+    logging.info("%s: %s, guidance scale %g", model.weights, span(chosen), config.sample.scale)
+    scores = sample_and_score(model, folder, accelerator, scoring, chosen, settings)
     if scores:
-        sampling = {**settings, "config": config_name, "weights": str(weights), "step": checkpoint_step(weights)}
-        sampling["ema_profile"] = ema_profile(weights)
-        sampling |= {"labels": "balanced: index * n_classes // n_samples"}
-        report(folder, scores, scoring[0], sampling, accelerator.device)
+        sampling = {
+            **settings,
+            "config": config_name,
+            "weights": str(model.weights),
+            "step": checkpoint_step(model.weights),
+            "ema_profile": ema_profile(model.weights),
+            "labels": "balanced: index * n_classes // n_samples",
+        }
+        report(folder, scores, scoring[0], sampling, accelerator.device.type)
     launch.finish(accelerator)
+
+
+def open_model(nnet_path: str, config: ml_collections.ConfigDict, accelerator: accelerate.Accelerator) -> Model:
+    """Open a model on this process's device, compiled as config.sample.compile says."""
+    return Model.open(nnet_path, config, accelerator.device, accelerator.mixed_precision, config.sample.compile)
 
 
 def main(argv: list[str]) -> None:
     values = flags.FLAGS
     config = values.config
-    if not values.nnet_path:
-        raise ValueError(
-            "--nnet_path is not set: expected a .pth or .safetensors file, a checkpoint or pipeline folder, or "
-            "hf://OWNER/REPOSITORY/FILE, such as workdir/<name>/ckpts/<step>.ckpt"
-        )
     if values.cfg is not None:
         config.sample.scale = values.cfg
     if values.cfg_scale_pow is not None:
         config.sample.scale_pow = values.cfg_scale_pow
-    evaluate(
-        config,
-        values.nnet_path,
-        values.IMGsave_path,
-        values.metrics,
-        launch.config_name(),
-        values.indices,
-    )
     folder = Path(values.IMGsave_path)
+    evaluate(config, values.nnet_path, folder, values.metrics, launch.config_name(), values.indices)
     if os.environ.get("RANK", "0") == "0" and folder.resolve() != Path.cwd():
         shutil.copyfile(folder / LABELS_FILE, LABELS_FILE)
 
@@ -369,17 +283,9 @@ if __name__ == "__main__":
     launch.define_config_flag("What to sample from: the config that the weights were trained with.")
     flags.DEFINE_string("nnet_path", None, "Weights: .pth, .safetensors, a checkpoint or pipeline folder, or hf://...")
     flags.DEFINE_string("IMGsave_path", "saved_images", "Folder for the images.")
-    flags.DEFINE_string(
-        "metrics",
-        None,
-        "Reference .npz to score the images against, as ADM's suite; the report goes to <IMGsave_path>_report. "
-        "config.fid_stat unless given, if it is there.",
-    )
+    flags.DEFINE_string("metrics", None, "Reference .npz for ADM's suite, as config.fid_stat, which it stands in for.")
     flags.DEFINE_string("indices", None, "FIRST:END, make only these images of the set, END not included.")
     flags.DEFINE_float("cfg", None, "Guidance scale, 1: none; config.sample.scale unless given.")
-    flags.DEFINE_float(
-        "cfg_scale_pow",
-        None,
-        "Power of the power-cosine schedule, 0: constant scale; config.sample.scale_pow unless given.",
-    )
+    flags.DEFINE_float("cfg_scale_pow", None, "Power of the power-cosine schedule, 0: constant; as config.sample's.")
+    flags.mark_flag_as_required("nnet_path")
     launch.run(main, check_fields)

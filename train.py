@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -37,6 +38,20 @@ from libs.latents import LatentStore
 from libs.launch import REQUEUE_STATUS, StopRequest, raise_on_all_ranks
 from libs.logger import Logger, code_version, lock_workdir
 from libs.metrics import PlannedImages, Reference
+from libs.model import (
+    Model,
+    build_empty_network,
+    build_network,
+    build_network_on_meta,
+    build_stages,
+    config_from_json,
+    config_json,
+    image_size,
+    loss_weights,
+    network_differences,
+    open_autoencoder,
+    open_guide,
+)
 from libs.optim import make_adamw, set_lr, split_decay, warmup_lr
 from libs.randomness import StepDraws, step_draws
 from libs.train_state import TrainState, check_same_everywhere, make_emas
@@ -68,9 +83,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
     # What a run is made of; all that a user can get wrong comes before anything is written.
     settings, device, main = config.train, accelerator.device, accelerator.is_main_process
     check_settings(config, accelerator)
-    schedule, weights = sde.get_schedule(config.schedule), utils.loss_weights(config)
-    guide, _ = utils.open_weaker_network(config, device)
-    autoencoder = utils.open_autoencoder(config, device)
+    schedule, weights = sde.get_schedule(config.schedule), loss_weights(config)
+    guide = open_guide(config, device)
+    autoencoder = open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
     scoring = open_fid(config, autoencoder)
     identity = run_identity(config, accelerator, dataset, autoencoder)
@@ -82,12 +97,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
     batches = StepBatches(len(dataset), settings.batch_size, config.seed, state.step, *topology)
     data = make_loader(dataset, batches, config.dataset.num_workers, pin_memory=device.type == "cuda")
     compile_ema(config, state.step, ema, device)
-    sample = utils.make_sampler(
-        config, ema, null_label, schedule, autoencoder, accelerator, config.sample.grid_steps, guide
-    )
+    model = Model(config, ema, device, accelerator.mixed_precision, guide, autoencoder)
+    sample = model.sampler(steps=config.sample.grid_steps)
     lock = prepare_workdir(config, workdir, accelerator)
     describe_run(config, workdir, state, accelerator, batches)
-    costs = cost.branch_costs(utils.build_network_on_meta(config), tuple(config.z_shape))
+    costs = cost.branch_costs(build_network_on_meta(config), tuple(config.z_shape))
     flops_per_image = 3 * sum(2 * branch.multiply_adds for branch in costs)  # backward costs two forward passes
     log = Logger(workdir, accelerator, state.step, settings.n_steps, len(weights), settings.batch_size, flops_per_image)
     # FSDP synchronizes by itself, in every micro-batch, and needs no more than mixed precision around the network: what
@@ -135,9 +149,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
             state.save(workdir / "ckpts", identity, main, settings.keep_last, settings.keep_interval)
             log.timer.reset()
         if scoring and due(state.step, settings.fid_interval):
-            fid = fid_of_samples(
-                config, workdir / "fid" / str(state.step), ema, autoencoder, accelerator, scoring, guide
-            )
+            fid = fid_of_samples(model, workdir / "fid" / str(state.step), accelerator, scoring)
             if fid is not None:
                 log.log(state.step, {"fid": fid})
             log.timer.reset()
@@ -162,7 +174,7 @@ def check_settings(config: ml_collections.ConfigDict, accelerator: Accelerator) 
         raise UserError("--use_fsdp is accelerate's own FSDP: launch as for DDP, and set config.train.sharded=True")
     utils.check_training(config)
     utils.check_sampling(config)
-    utils.build_stages(config)
+    build_stages(config)
     guided = config.sample.scale > 1 and config.dataset.n_classes and not config.sample.autoguidance_path
     if guided and not config.dataset.p_uncond:
         logging.warning("config.dataset.p_uncond=0 leaves the null class, of guidance, untrained; scale is set above 1")
@@ -176,7 +188,7 @@ def run_identity(
 ) -> dict:
     """Collect what decides what a run computes, as nested JSON values, to be compared when it is resumed."""
     return {
-        "config": utils.config_json(config),
+        "config": config_json(config),
         "mixed_precision": accelerator.mixed_precision,
         "data": {"n_records": len(dataset), "sha256": dataset.digest},
         "autoencoder": autoencoder.identity if autoencoder is not None else None,
@@ -188,7 +200,7 @@ def open_fid(config: ml_collections.ConfigDict, autoencoder: Autoencoder | None)
     """Open what FID while training needs, see `utils.open_scoring`; None without config.train.fid_interval."""
     if not config.train.fid_interval:
         return None
-    planned = PlannedImages(config.train.fid_samples, utils.image_size(config, autoencoder), "config.train.fid_samples")
+    planned = PlannedImages(config.train.fid_samples, image_size(config, autoencoder), "config.train.fid_samples")
     return utils.open_scoring(config.fid_stat, False, planned)
 
 
@@ -197,7 +209,7 @@ def make_state(config: ml_collections.ConfigDict, workdir: Path, accelerator: Ac
     settings, device = config.train, accelerator.device
     resuming = bool(checkpoint.checkpoint_folders(workdir / "ckpts"))
     torch.manual_seed(config.seed)
-    nnet = utils.build_empty_network(config, device) if resuming else utils.build_network(config).to(device)
+    nnet = build_empty_network(config, device) if resuming else build_network(config).to(device)
     start_from(nnet, config, resuming)
     emas = make_emas(nnet, config.ema.rate, config.ema.extra_rates, config.ema.power_widths)
     if settings.sharded:
@@ -211,10 +223,10 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
     """Load config.init.path, fitted to this network, unless `resuming`; freeze what config.init.freeze names."""
     if config.init.path and not resuming:
         file = checkpoint.find_weights(config.init.path)
-        if different := utils.differences_of_networks(config, file, but=("z_shape", "dataset.n_classes")):
+        if different := network_differences(config, file, but=("z_shape", "dataset.n_classes")):
             logging.warning("%s was trained in another network: %s", file, "; ".join(different))
         saved = checkpoint.saved_settings(file)
-        stages = utils.build_stages(utils.config_from_json(saved["config"])) if saved else []
+        stages = build_stages(config_from_json(saved["config"])) if saved else []
         grids = [(stage.max_height, stage.max_width) for stage in stages]
         state, notes = checkpoint.adapt_weights(nnet, checkpoint.read_state_dict(file), grids)
         checkpoint.load_weights(nnet, state, str(file))
@@ -233,7 +245,7 @@ def compile_ema(config: ml_collections.ConfigDict, step: int, ema: nn.Module, de
 
 def prepare_workdir(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerator) -> IO | None:
     """Make and lock the work folder, write config.json and start the trackers; the lock is the main process's."""
-    lock, values = None, utils.config_json(config)
+    lock, values = None, config_json(config)
     with raise_on_all_ranks(accelerator), advise_on_write_error(workdir, "set --workdir"):
         if accelerator.is_main_process:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -310,28 +322,22 @@ def save_grid(path: Path, sample, ema: nn.Module, config: ml_collections.ConfigD
 
 
 def fid_of_samples(
-    config: ml_collections.ConfigDict,
-    folder: Path,
-    ema: nn.Module,
-    autoencoder: Autoencoder | None,
-    accelerator: Accelerator,
-    scoring: tuple[Reference, Path],
-    guide: nn.Module | None,
+    model: Model, folder: Path, accelerator: Accelerator, scoring: tuple[Reference, Path]
 ) -> float | None:
     """Compute the FID of config.train.fid_samples images by the code of eval.py, and remove the images.
 
     Returns:
         None but on the main process, and where it failed, which is logged.
     """
-    config, main = ml_collections.ConfigDict(config), accelerator.is_main_process
+    config, main = ml_collections.ConfigDict(model.config), accelerator.is_main_process
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
     if main:
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     accelerator.wait_for_everyone()
     scores = None
     try:
-        with sharding.whole(ema):
-            scores = evaluation.sample_and_score(config, folder, ema, autoencoder, accelerator, scoring, guide)
+        with sharding.whole(model.nnet):
+            scores = evaluation.sample_and_score(replace(model, config=config), folder, accelerator, scoring)
     except (ValueError, OSError) as error:  # on all processes, or on the main one after all that they do together
         logging.error("no FID at this step, training goes on: %s", error)
     accelerator.wait_for_everyone()

@@ -28,6 +28,7 @@ import utils
 from benchmarks.speed import matmul_ceiling
 from libs.autoencoder import SD_CONFIG
 from libs.depthwise import depthwise_conv, depthwise_gradients
+from libs.model import build_empty_network
 from libs.optim import clip_or_skip, make_adamw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +199,7 @@ def memory_and_optimizer(batch, device, timed):
     ms = timed(target.copy_, source)
     say(f"copy of {source.nbytes / 2**30:.3g} GiB: {2 * source.nbytes / ms / 1e9:.2f} TB/s read and written")
     del source, target
-    nnet = utils.build_empty_network(config, device)
+    nnet = build_empty_network(config, device)
     for parameter in nnet.parameters():
         parameter.data.normal_()
         parameter.grad = torch.randn_like(parameter) * 1e-3

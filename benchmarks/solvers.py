@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import sde
 import utils
+from libs.model import Model
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, dpm_solver_multistep, dpm_solver_singlestep, lambda_times, uniform_times
 
@@ -101,8 +102,7 @@ def exact_errors(schedule, n_points):
 def digits_errors(weights, n_images):
     """Measure the digits model: {solver: curve}, and the distance of two references."""
     config = utils.load_config(utils.ROOT / "configs" / "digits.py")
-    schedule, nnet = sde.get_schedule(config.schedule), utils.build_network(config).eval()
-    utils.load_network_weights(nnet, weights)
+    schedule, nnet = sde.get_schedule(config.schedule), Model.open(weights, config).nnet
     labels = torch.arange(n_images) % config.dataset.n_classes
     noise = SampleNoise(range(n_images), config.seed, tuple(config.z_shape), torch.device("cpu"))
     x, sample = noise.draw(), config.sample

@@ -42,6 +42,7 @@ import utils
 from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
 from libs.compilation import TRITON_FORMS, compile_network, round_weights, use_forms
 from libs.launch import keep_freed_memory
+from libs.model import build_network, loss_weights
 from libs.optim import EMA, clip_or_skip, make_adamw
 from libs.solvers import dpm_solver_fast
 
@@ -102,7 +103,7 @@ class Variant:
             use_forms(self.nnet, TRITON_FORMS)
         if args.task == "sample" and way not in ("released", *PEERS):
             round_weights(self.nnet, precision)
-        self.weights = (1.0,) if way in PEERS else utils.loss_weights(config)
+        self.weights = (1.0,) if way in PEERS else loss_weights(config)
         self.schedule = sde.get_schedule(config.schedule)
         if way not in ("released", *PEERS):
             recompute = rest[0] if rest else "off"
@@ -163,7 +164,7 @@ class Variant:
         """Operations of one `run` that the arithmetic needs: no recomputation, two per multiply-add."""
         with torch.device("meta"):
             inputs = self.x[:1].to("meta"), self.t[:1].to("meta"), self.y[:1].to("meta")
-            plain = DiT() if self.way in PEERS else utils.build_network(self.config)
+            plain = DiT() if self.way in PEERS else build_network(self.config)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             plain.to("meta")(*inputs)
         passes = 2 * self.args.steps if self.args.task == "sample" else 3
@@ -303,7 +304,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, as it is in matrix products
     torch.manual_seed(0)
     with device:  # where a GPU is, half a billion numbers are drawn at once
-        nnet = utils.build_network(config)
+        nnet = build_network(config)
         for parameter in nnet.parameters():  # so that time, gates and norms do something
             parameter.data.add_(torch.randn_like(parameter) * 0.02)
     nnet.cpu()

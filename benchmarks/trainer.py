@@ -25,6 +25,7 @@ import sde
 import train as training
 import utils
 from libs.data import StepBatches
+from libs.model import build_network, loss_weights, open_autoencoder
 from libs.optim import make_adamw
 from libs.randomness import step_draws
 
@@ -42,10 +43,10 @@ def real_turn(config, workdir):
 def bare_turn(config):
     """Return the same of forward, backward and optimizer step alone, on the same batches."""
     torch.manual_seed(config.seed)
-    nnet, schedule = utils.build_network(config).train(), sde.get_schedule(config.schedule)
+    nnet, schedule = build_network(config).train(), sde.get_schedule(config.schedule)
     optimizer = make_adamw(nnet, config.optimizer.lr, tuple(config.optimizer.betas), config.optimizer.weight_decay)
-    autoencoder = utils.open_autoencoder(config, torch.device("cpu"))
-    dataset, weights = utils.open_dataset(config, autoencoder), utils.loss_weights(config)
+    autoencoder = open_autoencoder(config, torch.device("cpu"))
+    dataset, weights = utils.open_dataset(config, autoencoder), loss_weights(config)
     inputs, batches = [], StepBatches(len(dataset), config.train.batch_size, config.seed)
     for step, indices in enumerate(islice(batches, config.train.n_steps)):
         records, labels = map(torch.from_numpy, dataset.read(indices))

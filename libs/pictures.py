@@ -1,70 +1,69 @@
-"""Pictures as tensors: grids of samples, and the film strip of a training run."""
+"""Pictures as tensors: grids of samples, labelled sheets, and the film strip of a training run."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
+
+from libs import UserError
+from libs.files import replacing
 
 T = TypeVar("T")
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] (others are cut off) as uint8, of the same shape."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+SMALLEST = 96  # pixels of a picture's side in a sheet: smaller ones are enlarged by a whole factor
 
 
 def finite(images: Tensor) -> Tensor:
-    """Which of float images (B, ...) have neither NaN nor infinity: (B,) bool."""
+    """Find which of float images (B, ...) have neither NaN nor infinity: (B,) bool."""
     return images.isfinite().flatten(1).all(dim=1)
 
 
 def check_finite(finite: Tensor) -> None:
-    """Raises ValueError unless all images were finite (B,), which uint8 does not show. Waits for the device."""
+    """Raise UserError unless all images were finite (B,), which uint8 does not show. Waits for the device."""
     if bad := int((~finite).sum()):
-        raise ValueError(
-            f"{bad} of {len(finite)} images came out with NaN or infinity: the weights are damaged or of a run that "
-            "diverged, or fp16 cannot hold the network's values (take --mixed_precision bf16 or no)"
+        raise UserError(
+            f"{bad} of {len(finite)} images came out with NaN or infinity: the weights are damaged or diverged, "
+            "or fp16 overflows (set --mixed_precision bf16 or no)"
         )
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
+    """Write uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save_png(make_grid(images.float() / 255, nrow=columns, padding=2), path)
+    with replacing(path) as file:
+        save_image(images.float() / 255, file, format="png", nrow=columns, padding=2)
 
 
 def read_png(path: Path) -> Tensor:
-    """A picture file as uint8 (3, H, W)."""
+    """Read a picture file as uint8 (3, H, W)."""
     with Image.open(path) as image:
         return pil_to_tensor(image.convert("RGB"))
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture file, of which only the head is read."""
+    """Return (width, height) of a picture file, of which only the head is read."""
     with Image.open(path) as image:
         return image.size
 
 
 def save_strip(newest: Path, columns: int, most: int = 20) -> None:
-    """strip.png beside a grid <step>.png: a column per grid there, its first sample of each class, by step.
+    """Write strip.png beside a grid <step>.png: a column per grid there, its first sample of each class, by step.
 
-    Grids of another size than the newest are left out: they were made with other numbers of classes or samples. So are
-    damaged ones.
+    Damaged grids are left out, and those of another size than the newest: they hold other classes or samples.
     """
     folder, size = newest.parent, picture_size(newest)
     grids = [p for p in folder.glob("*.png") if p.stem.isdigit() and _unless_damaged(picture_size, p) == size]
     grids.sort(key=lambda p: int(p.stem))
     chosen = [grids[i] for i in sorted({round(k * (len(grids) - 1) / (most - 1)) for k in range(most)})]
-    strips = []
-    for path in chosen:
-        if (grid := _unless_damaged(read_png, path)) is not None:
-            strips.append(grid[:, :, : (grid.shape[2] - 2) // columns])
-    _save_png(torch.cat(strips, dim=2).float() / 255, folder / "strip.png")
+    read = [_unless_damaged(read_png, path) for path in chosen]
+    strips = [grid[:, :, : (grid.shape[2] - 2) // columns] for grid in read if grid is not None]
+    with replacing(folder / "strip.png") as file:
+        save_image(torch.cat(strips, dim=2).float() / 255, file, format="png")
 
 
 def _unless_damaged(read: Callable[[Path], T], path: Path) -> T | None:
@@ -74,11 +73,36 @@ def _unless_damaged(read: Callable[[Path], T], path: Path) -> T | None:
         return None
 
 
-def _save_png(image: Tensor, path: Path) -> None:
-    """A picture (3, H, W) in [0, 1], whole under its name or not there: later strips are made from it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_image(image, temporary, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def draw_sheet(cells: list[list[np.ndarray | None]], rows: list[str], columns: list[str]) -> Image.Image:
+    """Draw pictures (h, w, 3) uint8 with a caption for each row and column, all enlarged to the size of the largest."""
+    height, width = np.max([cell.shape[:2] for row in cells for cell in row if cell is not None], axis=0)
+    scale = max(1, -(-SMALLEST // min(height, width)))
+    height, width, gap = int(height * scale), int(width * scale), 4
+    font = ImageFont.load_default(13)
+    titles = ["\n".join(wrap(title, width, font)) for title in columns]
+    left = 12 + int(max(font.getlength(title) for title in rows)) if any(rows) else gap
+    top = 8 + 17 * max(title.count("\n") + 1 for title in titles)
+    sheet = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, title in enumerate(titles):
+        draw.multiline_text((left + c * (width + gap), 4), title, "black", font)
+    for r, (title, row) in enumerate(zip(rows, cells, strict=True)):
+        y = top + r * (height + gap)
+        draw.text((6, y + height // 2 - 8), title, "black", font)
+        for c, cell in enumerate(row):
+            if cell is not None:
+                picture = Image.fromarray(cell).resize((width, height), Image.Resampling.NEAREST)
+                sheet.paste(picture, (left + c * (width + gap), y))
+    return sheet
+
+
+def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Break a text into lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -28,9 +28,10 @@ from torch import Tensor
 from libs import UserError
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import PIPELINE_FILE, STATE_FILE
-from libs.class_names import class_label
 from libs.dimr import DiMR, StageSpec
-from libs.pictures import check_finite, finite, to_uint8
+from libs.images import float_to_uint8
+from libs.model import class_label
+from libs.pictures import check_finite, finite
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, check_guidance, check_steps
 from sde import DiscreteSchedule, NoiseModel, get_schedule, guided_noise_model
@@ -245,7 +246,7 @@ class DiMRPipeline(DiffusionPipeline):
     def as_output(self, images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         """Convert images (B, 3, H, W) in [-1, 1]; raise an error for NaN and infinity."""
         check_finite(finite(images))
-        images = to_uint8(images)
+        images = float_to_uint8(images)
         if output_type == "pt":
             return images / 255
         images = images.permute(0, 2, 3, 1).cpu().numpy()

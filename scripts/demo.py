@@ -1,4 +1,4 @@
-"""A local page that samples a class and shows what every branch predicts along the way.
+"""Serve a local page that samples a class and shows what every branch predicts along the way.
 
     python -m pip install -r scripts/demo_requirements.txt
     python scripts/demo.py [--nnet_path WEIGHTS --config configs/NAME.py --autoencoder PATH] [--port 7860]
@@ -12,26 +12,24 @@ import argparse
 import contextlib
 import html
 import importlib.util
-import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ml_collections
-import numpy as np
 from absl import logging
-from PIL import Image
+from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.class_names import class_label, find_classes
-from libs.launch import errors_in_one_line, is_for_users
-from scripts.sample import Model, class_caption, trajectory_sheet
+from libs import UserError
+from libs.launch import errors_in_one_line
+from libs.model import Model, class_label, find_classes
+from scripts.sample import class_caption, draw_samples, open_model, trajectory_sheet, with_settings
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -53,87 +51,62 @@ CSS = """
 """
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the page is asked for, checked."""
-
-    label: int
-    n_samples: int
-    config: ml_collections.ConfigDict  # with its seed, guidance scale and steps
-
-
 def offered(word: str, names: Sequence[str]) -> list[int]:
-    """Labels that a search offers, likeliest first; the null label, as a class of its own, is found as "no class"."""
+    """Return labels that a search offers, likeliest first; the null label is found as "no class"."""
     return find_classes(word, [*names, class_caption(len(names), names)])[:MOST_OFFERED]
 
 
 def caption(label: int, names: Sequence[str]) -> str:
-    """A class as the page writes it: its name and, where that is another, its number."""
+    """Write a class as the page does: its name and, where that is another, its number."""
     name = [*names, class_caption(len(names), names)][label]
     return name if name == str(label) else f"{name} ({label})"
 
 
 def chosen(word: str, marked: int | None, names: Sequence[str]) -> int:
-    """The label marked among those that `word` offers, or the first of them where what is marked is of another search.
-
-    Raises:
-        ValueError: there is none; the message has the names that come closest.
-    """
+    """Return the label marked among those that `word` offers, or else the first of them."""
     found = offered(word, names)
     if marked in found:
         return marked
-    return found[0] if found else class_label(word, names)
+    return found[0] if found else class_label(word, names)  # which says what comes close
 
 
 def whole(value: object, name: str, least: int, most: int) -> int:
-    """A field's whole number. Raises ValueError, naming the field, for anything else."""
+    """Return a field's whole number. Raises UserError, naming the field, for anything else."""
     if not isinstance(value, Real) or not float(value).is_integer() or not least <= value <= most:
         found = "nothing" if value is None else repr(value)
-        raise ValueError(f"the {name} must be a whole number from {least} to {most}; found {found}")
+        raise UserError(f"the {name} must be a whole number from {least} to {most}; found {found}")
     return int(value)
 
 
 def checked(
     model: Model, word: str, marked: int | None, seed: object, scale: object, steps: object, n_samples: object
-) -> Request:
-    """The page's fields as a request. Raises ValueError for the first that cannot be used."""
-    label = chosen(word, marked, model.names)
+) -> tuple[Model, list[int]]:
+    """Turn the page's fields into the model with these settings, and a label for each sample."""
+    label = chosen(word, marked, model.class_names)
     n_samples = whole(n_samples, "number of samples", 1, MOST_SAMPLES)
     seed = whole(seed, "seed", 0, MOST_SEED)
     steps = whole(steps, "number of steps", 1, MOST_STEPS)
-    if not isinstance(scale, Real) or not math.isfinite(scale):
-        raise ValueError(f"the guidance scale must be a number; found {'nothing' if scale is None else repr(scale)}")
-    return Request(label, n_samples, model.with_settings(seed, float(scale), steps))
-
-
-def pictures(model: Model, request: Request) -> np.ndarray:
-    """The samples, uint8 (n_samples, H, W, 3)."""
-    return model.sample(request.config, [request.label] * request.n_samples)
-
-
-def followed(model: Model, request: Request, index: int) -> Image.Image:
-    """How one of the samples comes about: a row per branch, a column per time. Raises ValueError for autoguidance."""
-    return trajectory_sheet(model, request.config, [request.label], [index])
+    if not isinstance(scale, Real):
+        raise UserError("the guidance scale must be a number")
+    return with_settings(model, seed, float(scale), steps), [label] * n_samples
 
 
 @contextlib.contextmanager
-def told_in_page() -> Iterator[None]:
-    """A user's mistake becomes one message in the page."""
+def errors_in_page() -> Iterator[None]:
+    """Show a user's mistake as one message in the page."""
     import gradio as gr
 
     try:
         yield
-    except (ValueError, OSError) as error:
-        if not is_for_users(error):
-            raise
+    except (UserError, OSError) as error:
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 
 
 def build_page(model: Model) -> "gr.Blocks":
-    """The page: its fields, and the functions above behind them."""
+    """Build the page: its fields, and the functions above behind them."""
     import gradio as gr
 
-    settings, names, branches = model.config.sample, model.names, len(model.nnet.stages)
+    settings, names, branches = model.config.sample, model.class_names, len(model.nnet.stages)
 
     def classes(word: str) -> gr.Radio:
         found = offered(word, names)
@@ -146,17 +119,19 @@ def build_page(model: Model) -> "gr.Blocks":
             elem_id="classes",
         )
 
-    def draw(*fields: object) -> tuple[list[np.ndarray], Request]:
-        with told_in_page():
-            request = checked(model, *fields)
-            return list(pictures(model, request)), request
+    def draw(*fields: object) -> tuple[list, tuple]:
+        with errors_in_page():
+            sampled, labels = checked(model, *fields)
+            return list(draw_samples(sampled, labels)), (sampled.config, labels)
 
-    def follow(request: Request, index: int = 0) -> gr.Image:
-        with told_in_page():
-            return gr.Image(followed(model, request, index), label=f"How sample {index + 1} comes about")
+    def follow(drawn: tuple[ConfigDict, list[int]], index: int = 0) -> gr.Image:
+        config, labels = drawn
+        with errors_in_page():
+            sheet = trajectory_sheet(replace(model, config=config), labels[:1], [index])
+            return gr.Image(sheet, label=f"How sample {index + 1} comes about")
 
-    def follow_clicked(request: Request, event: gr.SelectData) -> gr.Image:
-        return follow(request, event.index)
+    def follow_clicked(drawn: tuple[ConfigDict, list[int]], event: gr.SelectData) -> gr.Image:
+        return follow(drawn, event.index)
 
     with gr.Blocks(title="DiMR", analytics_enabled=False) as page:
         drawn = gr.State()
@@ -226,7 +201,7 @@ def serve(model: Model, port: int) -> None:
         try:
             page.launch(server_name=HOST, server_port=port, theme=theme, css=CSS, **options)
         except (OSError, OverflowError) as error:
-            raise OSError(f"port {port} is in use or none: give another as --port") from error
+            raise UserError(f"port {port} is in use or none: give another as --port") from error
         print(f"http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
         page.block_thread()
 
@@ -243,7 +218,7 @@ def main() -> None:
     if importlib.util.find_spec("gradio") is None:
         sys.exit("error: the page needs gradio: python -m pip install -r scripts/demo_requirements.txt")
     with errors_in_one_line():
-        serve(Model(arguments.nnet_path, arguments.config, arguments.autoencoder), arguments.port)
+        serve(open_model(arguments.nnet_path, arguments.config, arguments.autoencoder), arguments.port)
 
 
 if __name__ == "__main__":

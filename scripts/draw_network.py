@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
+from libs.model import build_network
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -23,9 +24,9 @@ PITCH = 2.3  # between rows
 ATTENTION, CONVOLUTION, PLAIN, EDGE = "#cfe0f5", "#d8efd3", "#f1f1f1", "#444444"
 
 
-def box(axes: plt.Axes, x: float, y: float, width: float, height: float, text: str, colour: str = PLAIN) -> None:
+def box(axes: plt.Axes, x: float, y: float, width: float, height: float, text: str, color: str = PLAIN) -> None:
     axes.add_patch(
-        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.08", fc=colour, ec=EDGE, lw=1)
+        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.08", fc=color, ec=EDGE, lw=1)
     )
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8, linespacing=1.4)
 
@@ -35,11 +36,10 @@ def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float]) 
 
 
 def draw(config: ml_collections.ConfigDict, title: str, out: Path) -> None:
-    """One row per branch: patches, blocks with long skips, head; the features of each row go to the next."""
+    """Draw one row per branch: patches, blocks with long skips, head; the features of each row go to the next."""
     with torch.device("meta"):
-        nnet = utils.build_network(config)
-        inputs = torch.zeros(1, *config.z_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-        outputs = nnet(*inputs)
+        nnet = build_network(config)
+        outputs = nnet(torch.zeros(1, *config.z_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     channels, height, width = config.z_shape
     figure, axes = plt.subplots(figsize=(10, 0.8 + 1.9 * len(nnet.stages)))
     x_shape = f"x  {channels}×{height}×{width}"
@@ -47,15 +47,15 @@ def draw(config: ml_collections.ConfigDict, title: str, out: Path) -> None:
         spec, y = stage.spec, -PITCH * r
         transformer = spec.block_type == "TransformerBlock"
         half = spec.depth // 2
-        colour = ATTENTION if transformer else CONVOLUTION
+        color = ATTENTION if transformer else CONVOLUTION
         kind = "attention +\ngated MLP" if transformer else f"{spec.kernel_size}×{spec.kernel_size} conv +\ngated MLP"
         cells = f"{spec.max_height}×{spec.max_width}"
         label = "\n+ class token" if transformer else ""
         box(axes, 0.0, y, 1.5, 0.9, f"{x_shape}\nnoisy, full size")
         box(axes, 2.0, y, 1.6, 0.9, f"{spec.patch_size}×{spec.patch_size} patches\n+ positions{label}")
-        box(axes, 4.1, y, 1.5, 0.9, f"{half} blocks\n{kind}", colour)
-        box(axes, 6.1, y, 1.0, 0.9, "1 block", colour)
-        box(axes, 7.6, y, 1.5, 0.9, f"{half} blocks\nwith skips", colour)
+        box(axes, 4.1, y, 1.5, 0.9, f"{half} blocks\n{kind}", color)
+        box(axes, 6.1, y, 1.0, 0.9, "1 block", color)
+        box(axes, 7.6, y, 1.5, 0.9, f"{half} blocks\nwith skips", color)
         box(axes, 9.6, y, 1.7, 0.9, f"head\nε at {output.shape[-2]}×{output.shape[-1]}")
         for left, right in ((1.5, 2.0), (3.6, 4.1), (5.6, 6.1), (7.1, 7.6), (9.1, 9.6)):
             arrow(axes, (left + 0.02, y + 0.45), (right - 0.02, y + 0.45))

@@ -17,6 +17,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from configs.common import check_fields
 from libs import UserError, launch
 from libs.files import file_digest, replacing
 from libs.metrics import PlannedImages, score_sets
+from libs.model import image_size, open_autoencoder
 from libs.report import NAMES
 from libs.sample_set import RANGE, SampleSet
 from scripts import score_digits
@@ -81,7 +83,7 @@ def config_of(setting: Setting, config: ml_collections.ConfigDict) -> ml_collect
 
 def open_scorer(reference: str | None, digits: str, config: ml_collections.ConfigDict) -> Scorer:
     """Open ADM's suite where it is asked for or possible, and otherwise the digits' scores."""
-    size = utils.image_size(config, utils.open_autoencoder(config, "cpu"))
+    size = image_size(config, open_autoencoder(config, "cpu"))
     planned = PlannedImages(config.sample.n_samples, size, "config.sample.n_samples")
     if scoring := utils.open_scoring(reference or config.fid_stat, reference is not None, planned):
         opened, weights = scoring
@@ -113,21 +115,17 @@ def sweep(
         config_of(setting, config)
     accelerator = launch.make_accelerator()
     logging.set_verbosity(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    networks, files = evaluation.open_networks(config, nnet_path, accelerator)
+    model = evaluation.open_model(nnet_path, config, accelerator)
     rows = []
     for setting in settings:
-        own = config_of(setting, config)
-        made_with = evaluation.sampling_settings(
-            own, files["nnet"], files["weaker"], networks["autoencoder"], accelerator.mixed_precision
-        )
-        made_with[RANGE] = [0, own.sample.n_samples]
+        own = replace(model, config=config_of(setting, model.config))
+        made_with = {**evaluation.sampling_settings(own), RANGE: [0, config.sample.n_samples]}
         decided_by = {**made_with, **scorer.identity}
         folder, file = out / setting.name() / "images", out / setting.name() / "scores.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
         if found.get("decided_by") != decided_by:
-            evaluation.check_same_settings(folder, made_with)
             accelerator.wait_for_everyone()  # every process has looked before one writes
-            evaluation.sample_and_score(own, folder, accelerator=accelerator, settings=made_with, **networks)
+            evaluation.sample_and_score(own, folder, accelerator, settings=made_with)
             found = {"scores": scorer.score(folder, accelerator), "decided_by": decided_by}
             if accelerator.is_main_process:
                 with replacing(file) as opened:
@@ -136,7 +134,8 @@ def sweep(
         rows.append((setting, found["scores"]))
     if accelerator.is_main_process:
         rows.sort(key=lambda row: row[1][next(iter(scorer.titles))])
-        head = f"{own.sample.n_samples} images each, `{own.sample.algorithm}`, weights `{files['nnet']}`. Best first."
+        sample = config.sample
+        head = f"{sample.n_samples} images each, `{sample.algorithm}`, weights `{model.weights}`. Best first."
         write_table(rows, scorer.titles, head, out / "sweep.md")
         plot(rows, *next(iter(scorer.titles.items())), out / "sweep.png")
         logging.info("best: %s, %s; table and plot in %s", rows[0][0].name(), rows[0][1], out)

@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import sde
-import utils
 from libs import compilation
 from libs.compilation import compile_network, use_forms
 from libs.dimr import Attention, DiMR, LongSkip, StageSpec, Upsample
+from libs.model import build_network, build_stages, loss_weights
 from libs.norms import TDRMSNorm
 
 MODELS = ["DiMR-XL-2R_imagenet256", "DiMR-XL-3R_imagenet512"]
@@ -57,8 +57,8 @@ def narrow(name):
 def test_the_third_published_model_is_the_first_made_wider():
     """So that its graphs are the first one's, and are not made again below."""
     first, third = narrow(MODELS[0]), narrow("DiMR-G-2R_imagenet256")
-    assert utils.build_stages(first) == utils.build_stages(third)
-    assert utils.loss_weights(first) == utils.loss_weights(third)
+    assert build_stages(first) == build_stages(third)
+    assert loss_weights(first) == loss_weights(third)
     assert (first.z_shape, first.nnet.norm_type) == (third.z_shape, third.nnet.norm_type)
 
 
@@ -68,9 +68,9 @@ def test_the_third_published_model_is_the_first_made_wider():
 def test_published_models_are_one_graph_forward_and_backward(graphs, name, dtype):
     config = narrow(name)
     torch.manual_seed(0)
-    nnet = utils.build_network(config)
+    nnet = build_network(config)
     x, t, y = torch.randn(2, *config.z_shape), torch.rand(2), torch.tensor([1, 5])
-    weights = utils.loss_weights(config)
+    weights = loss_weights(config)
 
     def losses():
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -92,7 +92,7 @@ def test_published_models_are_one_graph_forward_and_backward(graphs, name, dtype
 def test_blocks_of_three_branches_are_compiled_for_all_that_a_run_needs(graphs):
     """They share their code: three branches in three ways are more than PyTorch's 8 translations of one function."""
     config = narrow("DiMR-XL-3R_imagenet512")
-    nnet = utils.build_network(config)
+    nnet = build_network(config)
     compile_network(nnet, "blocks")
 
     def predict(n, n_times):
@@ -120,7 +120,7 @@ def test_blocks_stay_whole_among_several_processes(graphs):
         for wrap in (lambda nnet: nnet, lambda nnet: DistributedDataParallel(nnet, bucket_cap_mb=1)):
             graphs.clear()
             torch._dynamo.reset()
-            nnet = utils.build_network(config)
+            nnet = build_network(config)
             compile_network(nnet, "blocks")
             wrap(nnet)(torch.randn(2, *config.z_shape), torch.rand(2), torch.zeros(2, dtype=torch.int64))
             counts.append(len(graphs))
@@ -133,7 +133,7 @@ def test_blocks_stay_whole_among_several_processes(graphs):
 @pytest.mark.parametrize(("interval", "n_graphs"), [(None, 1), ((0.1, 2.0), 2)])
 def test_a_set_is_sampled_without_compiling_again(tiny_config, tmp_path, graphs, interval, n_graphs):
     """The last batch is smaller; with an interval the network also runs on the conditional half alone."""
-    nnet = utils.build_network(tiny_config)
+    nnet = build_network(tiny_config)
     torch.save(nnet.state_dict(), tmp_path / "nnet.pth")
     tiny_config.sample.update(n_samples=12, mini_batch_size=5, compile="whole", interval=interval, scale=2.0)
     evaluation.evaluate(tiny_config, str(tmp_path / "nnet.pth"), tmp_path / "compiled")
@@ -144,7 +144,7 @@ def test_a_set_is_sampled_without_compiling_again(tiny_config, tmp_path, graphs,
 @pytest.mark.parametrize("final", [False, True])
 def test_weights_are_frozen_into_a_translation_when_final(monkeypatch, final):
     """In training they must not be: they change."""
-    nnet = utils.build_network(narrow(MODELS[0])).eval()
+    nnet = build_network(narrow(MODELS[0])).eval()
     seen = []
 
     def note(*inputs):

@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import ROOT, load_config, run
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-import utils
 from libs import checkpoint
 from libs.checkpoint import find_weights, read_state_dict, released_name
 from libs.files import file_digest
-from libs.train_state import save_checkpoint
+from libs.model import build_network, build_network_on_meta, config_from_json, config_json
 from scripts import convert_checkpoint as converting
 
 
@@ -21,18 +20,20 @@ from scripts import convert_checkpoint as converting
 def state(tiny_config):
     """Weights of the tiny network whose every value is drawn, also those that start as constants."""
     torch.manual_seed(3)
-    return {name: torch.randn(t.shape) for name, t in utils.build_network(tiny_config).state_dict().items()}
+    return {name: torch.randn(t.shape) for name, t in build_network(tiny_config).state_dict().items()}
+
+
+def config_text(config):
+    """A config as the text of a file for --config."""
+    values = json.dumps(config_json(config))
+    head = "import json\nfrom libs.model import config_from_json\n"
+    return f"{head}def get_config():\n    return config_from_json(json.loads({values!r}))\n"
 
 
 @pytest.fixture
 def config_file(tiny_config, tmp_path):
-    """The tiny config as a file for --config."""
-    path = tmp_path / "tiny.py"
-    values = json.dumps(utils.config_json(tiny_config))
-    path.write_text(
-        f"import json, utils\ndef get_config():\n    return utils.config_from_json(json.loads({values!r}))\n"
-    )
-    return path
+    (tmp_path / "tiny.py").write_text(config_text(tiny_config))
+    return tmp_path / "tiny.py"
 
 
 def same(a, b):
@@ -53,8 +54,8 @@ def test_every_way_round_is_exact(state, config_file, tiny_config, tmp_path):
     converting.convert(str(tmp_path / "pipeline"), tmp_path / "own" / "a.safetensors")
     assert same(load_file(tmp_path / "own" / "a.safetensors"), state)
     with safe_open(tmp_path / "own" / "a.safetensors", "pt") as file:
-        inside = utils.config_from_json(json.loads(file.metadata()["config"]))
-    assert utils.config_json(inside) == utils.config_json(tiny_config)
+        inside = config_from_json(json.loads(file.metadata()["config"]))
+    assert config_json(inside) == config_json(tiny_config)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -65,7 +66,7 @@ def test_names_and_shapes_of_the_released_files(name, tmp_path):
         rows = [(row["name"], row["shape"]) for row in csv.DictReader(file, delimiter="\t")]
     with torch.device("meta"):
         released = {name: torch.empty([int(n) for n in shape.split("x")]) for name, shape in rows}
-    network = utils.build_network_on_meta(load_config(f"{name}_imagenet256"))
+    network = build_network_on_meta(load_config(f"{name}_imagenet256"))
     own = checkpoint.fitting_weights(network, released, name)
     assert {released_name(key): tensor.shape for key, tensor in own.items()} == {
         k: t.shape for k, t in released.items()
@@ -79,65 +80,46 @@ def test_half_precision_stays(state, config_file, tmp_path):
     assert same(load_file(tmp_path / "own" / "half.safetensors"), half)
 
 
-def test_a_training_checkpoint_brings_its_config_and_step(state, tiny_config, tmp_path):
-    saved = {"step": 7, "config": utils.config_json(tiny_config), "class_names": ["ant", "bee", "cat"]}
-    other = {name: -tensor for name, tensor in state.items()}
-    save_checkpoint(tmp_path / "7.ckpt", {"nnet.safetensors": other, "nnet_ema.safetensors": state}, saved)
-    converting.convert(str(tmp_path / "7.ckpt"), tmp_path / "own" / "a.safetensors")
-    assert same(load_file(tmp_path / "own" / "a.safetensors"), state)
-    assert checkpoint.saved_settings(tmp_path / "own" / "a.safetensors") == saved
-    card = (tmp_path / "own" / "README.md").read_text()
-    n = sum(tensor.numel() for tensor in state.values())
-    assert f"| parameters | {n:,} |" in card and "| training step | 7 |" in card
-    for file in (tmp_path / "own" / "a.safetensors", tmp_path / "7.ckpt" / "nnet_ema.safetensors"):
-        assert file_digest(file) in card
-    config = json.loads(card.split("```json")[1].split("```")[0])
-    assert config == saved["config"]
-
-
-def test_a_card_that_is_there_is_kept(state, config_file, tmp_path, capsys):
-    """Somebody may have filled it in."""
-    torch.save(state, tmp_path / "a.pth")
+def test_a_training_checkpoint_brings_its_config_step_and_a_card(state, tiny_config, tmp_path, capsys):
+    saved = {"step": 7, "config": config_json(tiny_config), "class_names": ["ant", "bee", "cat"]}
+    folder = tmp_path / "7.ckpt"
+    folder.mkdir()
+    save_file({name: -tensor for name, tensor in state.items()}, folder / "nnet.safetensors")
+    save_file(state, folder / "nnet_ema.safetensors")
+    (folder / "state.json").write_text(json.dumps(saved))
     out = tmp_path / "own" / "a.safetensors"
-    converting.convert(str(tmp_path / "a.pth"), out, str(config_file))
+    converting.convert(str(folder), out)
+    assert same(load_file(out), state) and checkpoint.saved_settings(out) == saved
     card = out.parent / "README.md"
-    assert f"--nnet_path {out} --grid" in card.read_text() and "class-conditional" in card.read_text()
-    card.write_text(card.read_text() + "Trained on digits.")
+    n = sum(tensor.numel() for tensor in state.values())
+    assert f"{n:,} parameters, step 7" in card.read_text() and len(card.read_text().splitlines()) <= 10
+    assert file_digest(folder / "nnet_ema.safetensors") in card.read_text()
+    card.write_text("Trained on digits.")  # somebody has filled it in
     converting.convert(str(out), out.with_name("b.safetensors"))
-    assert "Trained on digits." in card.read_text() and f"{card} is kept as it is" in capsys.readouterr().out
+    assert card.read_text() == "Trained on digits." and f"{card} is kept as it is" in capsys.readouterr().out
 
 
 def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):
     torch.save({released_name(name): tensor for name, tensor in state.items()}, tmp_path / "released.pth")
-    (tmp_path / "with_readme").mkdir()
-    (tmp_path / "with_readme" / "README.md").write_bytes(b"# Something else, not UTF-8: \xe9")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "empty.pth").touch()
-    cases = [
-        (("released.pth", "own/a.safetensors", None), r"no config is saved with .*released.pth: give .* as --config"),
-        (("released.pth", "with_readme/a.safetensors", config_file), "README.md is there and no model card"),
-        (("released.pth", "own/a.safetensors", "none.py"), "no config at --config none.py"),
-        (("released.pth", "with_readme", config_file), "with_readme exists: give a new folder"),
-        (("released.pth", "own/a.safetensors", ROOT / "configs" / "digits.py"), "does not fit this model"),
-        (("none.pth", "own/a.safetensors", config_file), "no checkpoint at"),
-        (("released.pth", "own/a.bin", config_file), "a.bin: expected NAME.safetensors, NAME.pth or a new folder"),
-        (("released.pth", "own/a.safetensor", config_file), "a.safetensor: expected NAME.safetensors, NAME.pth or"),
-        (("released.pth", "/proc/a.pth", config_file), r"Cannot write /proc/a.pth: .*, or set OUT"),
-        (("released.pth", "/proc/a.safetensors", config_file), r"Cannot write /proc/a.safetensors: .*, or set OUT"),
-        (
-            ("empty.pth", "own/a.safetensors", config_file),
-            "empty.pth could not be read as a plain state dict: EOFError",
-        ),
-    ]
-    for (weights, out, config), message in cases:
+    digits = ROOT / "configs" / "digits.py"
+    tiny_config.autoencoder.pretrained_path = "assets/no_autoencoder"
+    (tmp_path / "no_autoencoder.py").write_text(config_text(tiny_config))
+    for weights, out, config, message in (
+        ("released.pth", "own/a.safetensors", None, r"no config is saved with .*released.pth: give .* as --config"),
+        ("released.pth", "own/a.safetensors", "none.py", "No such file or directory: .*none.py"),
+        ("released.pth", "folder", config_file, "folder must be NAME.safetensors, NAME.pth or a new folder"),
+        ("released.pth", "own/a.safetensors", digits, "does not fit this model"),
+        ("none.pth", "own/a.safetensors", config_file, "no checkpoint at"),
+        ("released.pth", "own/a.bin", config_file, "a.bin must be NAME.safetensors, NAME.pth or a new folder"),
+        ("released.pth", "/proc/a.pth", config_file, "Cannot write /proc/a.pth: .*, or set OUT"),
+        ("empty.pth", "own/a.safetensors", config_file, "empty.pth could not be read as a plain state dict: EOFError"),
+        ("released.pth", "own", "no_autoencoder.py", "no_autoencoder"),
+    ):
         with pytest.raises((ValueError, OSError), match=message):
-            converting.convert(str(tmp_path / weights), tmp_path / out, config and str(config))
-    assert not (tmp_path / "own").exists() and len(list((tmp_path / "with_readme").iterdir())) == 1
-    tiny_config.autoencoder.pretrained_path = str(tmp_path / "no_autoencoder")
-    model = converting.read_model(str(tmp_path / "released.pth"), str(config_file))
-    model.config = tiny_config
-    with pytest.raises(ValueError, match="No autoencoder at"):
-        converting.write_pipeline(model, tmp_path / "pipeline")
-    assert not (tmp_path / "pipeline").exists()
+            converting.convert(str(tmp_path / weights), tmp_path / out, config and str(tmp_path / config))
+    assert not (tmp_path / "own").exists() and not list((tmp_path / "folder").iterdir())
 
 
 def test_a_folder_without_averages_is_taken_with_a_warning(state, tmp_path, caplog):

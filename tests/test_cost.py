@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from conftest import load_config, run
+from conftest import load_config
 from forked import run_forked
 from torch import nn
 
-import utils
 from libs import cost
+from libs.model import build_network, build_network_on_meta
 from scripts import describe_model
 
 
@@ -25,7 +25,7 @@ def test_kept_bytes_of_a_perceptron(precision, width):
 
 def test_branches_add_up_to_the_published_model():
     config = load_config("DiMR-XL-2R_imagenet256")
-    branches = cost.branch_costs(utils.build_network_on_meta(config), tuple(config.z_shape))
+    branches = cost.branch_costs(build_network_on_meta(config), tuple(config.z_shape))
     assert sum(branch.parameters for branch in branches) == 505_046_408
     assert sum(branch.multiply_adds for branch in branches) / 1e9 == pytest.approx(160.18, abs=0.01)
 
@@ -34,7 +34,7 @@ def test_memory_of_recomputation_by_hand():
     """Recomputing everything keeps little more than the input of each block."""
     config = load_config("digits")
     with cost.fake_model():
-        nnet = utils.build_network(config).train()
+        nnet = build_network(config).train()
         none = cost.training_memory(nnet, tuple(config.z_shape), "no", averages=1)
         nnet.recompute(1)
         every = cost.training_memory(nnet, tuple(config.z_shape), "no", averages=1)
@@ -54,24 +54,23 @@ def test_activations_of_the_published_model_on_a_gpu():
     """Attention keeps 16-bit inputs there, which on a CPU it computes with in float32."""
     config = load_config("DiMR-XL-2R_imagenet256")
     with cost.fake_model():
-        memory = cost.training_memory(utils.build_network(config).train(), tuple(config.z_shape), "bf16", averages=1)
+        memory = cost.training_memory(build_network(config).train(), tuple(config.z_shape), "bf16", averages=1)
     assert memory.per_image == pytest.approx(589.1e6, rel=1e-3)
 
 
 def test_describe_model_prints_a_report():
-    done = run("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=2")
+    done = run_forked("scripts/describe_model.py", "--config=configs/digits.py", "--gpus=2")
     assert done.returncode == 0, done.stderr
-    n_weights = sum(p.numel() for p in utils.build_network_on_meta(load_config("digits")).parameters())
+    n_weights = sum(p.numel() for p in build_network_on_meta(load_config("digits")).parameters())
     assert f"{n_weights:,}" in done.stdout and "largest batch per GPU" in done.stdout and "on 2 GPUs" in done.stdout
     assert "Warning" not in done.stderr and not re.search(r"\d,\d{3}\.\d", done.stdout), done.stderr
     found = [describe_model.rounded(n) for n in (3549216.6, 123.4, 12.04, 0.01234, 1e-5)]
     assert found == ["3,550,000", "123", "12", "0.0123", "< 0.01"]
     for flag, message in (
-        ("--gpus=0", "--gpus must be above 0; found 0"),
-        ("--memory_gb=nan", "--memory_gb must be above 0; found nan"),
-        ("--config.train.n_steps=-1", "config.train.n_steps must be at least 1; found -1"),
+        ("--gpus=0", "--gpus"),
+        ("--config.ema.rate=2.0", "config.ema.rate must be at least 0 and below 1; found 2.0"),
         ("--config.sample.sample_steps=0", "config.sample.sample_steps must be at least"),
-        ("--config.nnet.stages=3", "config.nnet.stages must be stages"),
     ):
         bad = run_forked("scripts/describe_model.py", "--config=configs/digits.py", flag)
-        assert bad.returncode == 1 and f"error: {message}" in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
+        assert bad.returncode == 1 and "error: " in bad.stderr and message in bad.stderr, bad.stderr
+        assert "Traceback" not in bad.stderr

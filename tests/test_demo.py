@@ -19,7 +19,7 @@ from forked import run_forked
 from PIL import Image
 from test_pipeline import save_weights
 
-from libs.class_names import imagenet_names
+from libs.model import Model, imagenet_names
 from scripts import demo, sample
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -40,7 +40,7 @@ def weights(tiny_config, tmp_path):
 
 @pytest.fixture
 def model(weights):
-    return sample.Model(str(weights), None)
+    return Model.open(weights)
 
 
 def test_search_of_imagenet():
@@ -77,14 +77,14 @@ def test_what_is_marked_counts_if_the_search_offers_it():
     [
         ({"word": "dog"}, "no class is called 'dog'"),
         ({"word": "7"}, r"class labels are 0..3 \(3: no class\); found 7"),
-        ({"seed": None}, "the seed must be a whole number from 0 to .*; found nothing"),
-        ({"seed": "one"}, "the seed must be a whole number from 0 to .*; found 'one'"),
-        ({"seed": -1}, "the seed must be a whole number from 0 to .*; found -1"),
-        ({"seed": 0.5}, "the seed must be a whole number from 0 to .*; found 0.5"),
+        *(
+            ({"seed": seed}, f"the seed must be a whole number from 0 to .*; found {found}")
+            for seed, found in ((None, "nothing"), ("one", "'one'"), (-1, "-1"), (0.5, "0.5"))
+        ),
         ({"scale": 0.5}, "the guidance scale must be at least 1 .*; found 0.5"),
-        ({"scale": None}, "the guidance scale must be a number; found nothing"),
-        ({"scale": float("nan")}, "the guidance scale must be a number; found nan"),
-        ({"steps": 1}, r"the number of steps \(--steps\) must be at least 3 for dpm_solver; found 1"),
+        ({"scale": None}, "the guidance scale must be a number"),
+        ({"scale": float("nan")}, "the guidance scale must be at least 1 .*; found nan"),
+        ({"steps": 1}, "config.sample.sample_steps must be at least 3 for dpm_solver; found 1"),
         ({"steps": 2.5}, "the number of steps must be a whole number from 1 to 1000; found 2.5"),
         ({"n_samples": 65}, "the number of samples must be a whole number from 1 to 64; found 65"),
     ],
@@ -97,7 +97,7 @@ def test_bad_fields_are_told_in_one_line(model, changed, message):
     if "gradio" not in LACKING:
         import gradio as gr
 
-        with pytest.raises(gr.Error), demo.told_in_page():
+        with pytest.raises(gr.Error), demo.errors_in_page():
             demo.checked(model, **fields | changed)
 
 
@@ -109,15 +109,15 @@ def test_a_mistake_of_the_user_is_told_in_the_page(monkeypatch, model):
             super().__init__(message)
 
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(Error=Error))
-    with pytest.raises(Error, match="no class is called 'a&lt;b'"), demo.told_in_page():
+    with pytest.raises(Error, match="no class is called 'a&lt;b'"), demo.errors_in_page():
         demo.checked(model, "a<b", None, 0, 2, 3, 2)
-    with pytest.raises(ValueError, match="invalid literal"), demo.told_in_page():
+    with pytest.raises(ValueError, match="invalid literal"), demo.errors_in_page():
         int("x")
 
 
 def test_the_pictures_are_those_of_the_sampling_program(model, weights, tmp_path):
-    request = demo.checked(model, "2", 2, seed=3, scale=2.5, steps=5, n_samples=6)
-    pictures = demo.pictures(model, request)
+    sampled, labels = demo.checked(model, "2", 2, seed=3, scale=2.5, steps=5, n_samples=6)
+    pictures = sample.draw_samples(sampled, labels)
     assert pictures.shape == (6, 16, 16, 3) and len(np.unique(pictures.reshape(6, -1), axis=0)) == 6
     flags = ("--classes", 2, "--per_class", 6, "--seed", 3, "--cfg", 2.5, "--steps", 5, "--trajectory")
     done = run_forked("scripts/sample.py", *flags, "--nnet_path", weights, "--grid", tmp_path / "grid.png")
@@ -127,8 +127,8 @@ def test_the_pictures_are_those_of_the_sampling_program(model, weights, tmp_path
         left = grid.shape[1] - (6 - i) * 100
         assert np.array_equal(grid[::6, left : left + 96 : 6], pictures[i])
     sheet = np.asarray(Image.open(tmp_path / "grid_trajectory.png"))
-    assert np.array_equal(np.asarray(demo.followed(model, request, 0)), sheet)
-    other = np.asarray(demo.followed(model, request, 4))[-100:-4, -100:-4]
+    assert np.array_equal(np.asarray(sample.trajectory_sheet(sampled, labels[:1], [0])), sheet)
+    other = np.asarray(sample.trajectory_sheet(sampled, labels[:1], [4]))[-100:-4, -100:-4]
     assert np.abs(other[::6, ::6].astype(int) - pictures[4]).max() <= 1  # (alone in its batch: round-off)
 
 
@@ -210,16 +210,16 @@ def test_a_class_is_searched_and_sampled_in_a_browser(model, address, browser_pa
     page.get_by_role("button", name="Sample", exact=True).click()
     samples = page.locator("#samples img")
     samples.nth(7).wait_for()
-    request = demo.checked(model, "2", 2, model.config.seed, model.config.sample.scale, 4, 8)
-    expected = demo.pictures(model, request)
+    sampled, labels = demo.checked(model, "2", 2, model.config.seed, model.config.sample.scale, 4, 8)
+    expected = sample.draw_samples(sampled, labels)
     for i in range(8):
         assert np.array_equal(shown(samples.nth(i)), expected[i])
     sheet = page.locator("#sheet img")
-    assert np.array_equal(shown(sheet), np.asarray(demo.followed(model, request, 0)))
+    assert np.array_equal(shown(sheet), np.asarray(sample.trajectory_sheet(sampled, labels[:1], [0])))
 
     samples.nth(5).click()
     page.get_by_text("How sample 6 comes about").wait_for()
-    assert np.array_equal(shown(sheet), np.asarray(demo.followed(model, request, 5)))
+    assert np.array_equal(shown(sheet), np.asarray(sample.trajectory_sheet(sampled, labels[:1], [5])))
 
     page.get_by_label("Seed").fill("")
     page.get_by_role("button", name="Sample", exact=True).click()

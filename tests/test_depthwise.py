@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import load_config, run
 
-import utils
 from libs import cost, depthwise
 from libs.compilation import TRITON_FORMS, use_forms
+from libs.model import build_network_on_meta
 
 
 @pytest.mark.parametrize("size", [(2, 5, 9, 6, 7), (3, 4, 4, 5, 1), (1, 2, 3, 4, 5)])
@@ -83,7 +83,7 @@ def test_without_triton():
 
 def test_the_operations_count_as_before():
     config = load_config("DiMR-XL-2R_imagenet256")
-    nnet = utils.build_network_on_meta(config)
+    nnet = build_network_on_meta(config)
     use_forms(nnet, TRITON_FORMS)
     branches = cost.branch_costs(nnet, tuple(config.z_shape))
     assert sum(branch.multiply_adds for branch in branches) / 1e9 == pytest.approx(160.18, abs=0.01)

@@ -19,6 +19,7 @@ from torch import nn
 import utils
 from configs import common
 from libs import dimr, norms
+from libs.model import build_network, build_network_on_meta, build_stages
 from scripts import draw_network
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +152,7 @@ def test_the_guide_to_new_data_word_for_word(inception_assets, tmp_path):
 def test_a_config_is_short(name):
     path = ROOT / "configs" / f"{name}.py"
     assert len(path.read_text().splitlines()) < 25
-    utils.build_network_on_meta(utils.load_config(path))
+    build_network_on_meta(utils.load_config(path))
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_the_table_of_the_method_is_the_configs():
     names = ("DiMR-XL-2R_imagenet256", "DiMR-XL-3R_imagenet512", "DiMR-M-3R_imagenet64")
     for i, name in enumerate(names):
         config = utils.load_config(ROOT / "configs" / f"{name}.py")
-        specs = utils.build_stages(config)
+        specs = build_stages(config)
         assert table["network sees"][i] == "x".join(map(str, config.z_shape))
         assert table["grids of the branches"][i] == ", ".join(f"{s.max_height}x{s.max_width}" for s in specs)
         assert table["widths"][i] == ", ".join(str(s.dim) for s in specs)
@@ -247,7 +248,7 @@ def test_a_block_and_a_norm_are_added_as_contributing_says(monkeypatch):
     config.nnet.norm_type = "Centred"
     for stage in config.nnet.stages:
         stage.block_type, stage.dim, stage.depth = "Mixer", 16, 3
-    nnet = utils.build_network(config)
+    nnet = build_network(config)
     shapes = [tuple(o.shape) for o in nnet(torch.randn(2, 4, 8, 16), torch.zeros(2), torch.tensor([3, 10]))]
     assert shapes == [(2, 4, 4, 8), (2, 4, 8, 16)]
 

@@ -1,18 +1,18 @@
 """Sampling a set: the same bytes from any number of processes, nothing made twice, one clear error each."""
 
-import shutil
+import json
 
 import pytest
 import torch
 from conftest import overrides, run
 from forked import run_forked
+from safetensors.torch import save_file
 
 import eval as evaluation
 import train as training
-import utils
 from img2npz import img2npz
-from libs import launch
-from libs.checkpoint import load_weights, read_state_dict, released_name
+from libs.checkpoint import read_state_dict, released_name
+from libs.model import Model, config_json
 from libs.sample_set import balanced_label
 from libs.solvers import SOLVERS
 from scripts import convert_checkpoint as converting
@@ -38,6 +38,7 @@ def command(config, weights, folder, *flags):
     return "eval.py", *overrides(config), f"--nnet_path={weights}", f"--IMGsave_path={folder}", *flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_makes_the_same_bytes(tiny_config, weights, tmp_path, processes):
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "one")
@@ -51,16 +52,19 @@ def test_any_number_of_processes_makes_the_same_bytes(tiny_config, weights, tmp_
 
 
 def test_parts_make_the_set(tiny_config, weights, tmp_path):
-    """Two parts cut within a batch: the same images. A part's folder is no other part's."""
+    """Two parts cut within a batch are the whole set's images. A part's folder is no other part's."""
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "whole")
-    img2npz([tmp_path / "whole"], tmp_path / "whole.npz")
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "a", indices="0:8")
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "b", indices="8:12")
     assert (tmp_path / "b" / "class_lab.txt").read_text().split() == ["2"] * 4
+    img2npz([tmp_path / "whole"], tmp_path / "whole.npz")
     img2npz([tmp_path / "a", tmp_path / "b"], tmp_path / "parts.npz")
     assert (tmp_path / "parts.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     with pytest.raises(ValueError, match=r"other settings \(indices: \[0, 8\] there, \[4, 12\] now\)"):
         evaluation.evaluate(tiny_config, str(weights), tmp_path / "a", indices="4:12")
+    for indices in ("8:4", "0:13", "4", "-1:3"):
+        with pytest.raises(ValueError, match="--indices must be FIRST:END with 0 <= FIRST < END <= 12; found"):
+            evaluation.evaluate(tiny_config, str(weights), tmp_path / "c", indices=indices)
 
 
 def test_guided_by_itself_is_unguided(tiny_config, weights, tmp_path):
@@ -68,13 +72,12 @@ def test_guided_by_itself_is_unguided(tiny_config, weights, tmp_path):
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "none")
     tiny_config.sample.update(scale=3.0, scale_pow=None, autoguidance_path=str(weights))
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "itself")
-    for i in range(5):
-        assert (tmp_path / "itself" / f"{i}.png").read_bytes() == (tmp_path / "none" / f"{i}.png").read_bytes()
-    assert '"autoguidance_sha256"' in (tmp_path / "itself" / "sampling.json").read_text()
-    other = tiny_config.copy_and_resolve_references()
-    other.sample.autoguidance_path = ""
+    none, itself = contents(tmp_path / "none"), contents(tmp_path / "itself")
+    assert '"autoguidance_sha256"' in itself.pop("sampling.json").decode()
+    assert none.pop("sampling.json") and itself == none
+    tiny_config.sample.autoguidance_path = ""
     with pytest.raises(ValueError, match=r"other settings \(.*autoguidance_sha256: .* there, None now"):
-        evaluation.evaluate(other, str(weights), tmp_path / "itself")
+        evaluation.evaluate(tiny_config, str(weights), tmp_path / "itself")
 
 
 def test_only_missing_and_damaged_images_are_made_again(tiny_config, weights, tmp_path):
@@ -89,19 +92,14 @@ def test_only_missing_and_damaged_images_are_made_again(tiny_config, weights, tm
     assert (folder / "4.png").stat().st_mtime_ns == kept
 
 
-def test_other_settings_are_refused(tiny_config, weights, tmp_path):
-    evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
-    tiny_config.sample.scale = 2.0
-    with pytest.raises(ValueError, match=r"made with other settings \(scale: 3.5 there, 2.0 now\)"):
-        evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
-
-
-def test_weights_without_a_config_are_held_to_one_network(tiny_config, weights, tmp_path):
+def test_other_settings_are_refused_also_of_a_network_without_a_config(tiny_config, weights, tmp_path):
     """Heads leave tensors as they are; a folder half made with other ones must not be filled up."""
     torch.save(read_state_dict(weights / "nnet_ema.safetensors"), tmp_path / "bare.pth")
     evaluation.evaluate(tiny_config, str(tmp_path / "bare.pth"), tmp_path / "images")
     tiny_config.nnet.stages[0].num_heads = 8
-    with pytest.raises(ValueError, match=r"other settings \(nnet.stages\[0\].num_heads: 4 there, 8 now\)"):
+    tiny_config.sample.scale = 2.0
+    found = r"other settings \(nnet.stages\[0\].num_heads: 4 there, 8 now; scale: 3.5 there, 2.0 now\)"
+    with pytest.raises(ValueError, match=found):
         evaluation.evaluate(tiny_config, str(tmp_path / "bare.pth"), tmp_path / "images")
 
 
@@ -122,44 +120,45 @@ def test_a_power_of_0_is_a_constant_scale(tiny_config, weights, tmp_path):
     assert contents(tmp_path / "zero") == contents(tmp_path / "none")
 
 
-def test_released_names_give_the_same_images(tiny_config, weights, tmp_path):
-    """A .pth in the released code's names, the project's safetensors and the checkpoint folder are one model."""
+def test_every_form_of_weights_is_one_network(tiny_config, weights, tmp_path):
+    """A .pth in the released names, U-ViT's folder of one, the project's safetensors and checkpoint folder."""
     state = read_state_dict(weights / "nnet_ema.safetensors")
-    torch.save({released_name(name): tensor for name, tensor in state.items()}, tmp_path / "released.pth")
-    for source in (weights, weights / "nnet_ema.safetensors", tmp_path / "released.pth"):
-        nnet = utils.build_network(tiny_config)
-        utils.load_network_weights(nnet, source)
-        assert all(torch.equal(tensor, state[name]) for name, tensor in nnet.state_dict().items())
+    (tmp_path / "6.ckpt").mkdir()
+    released = tmp_path / "6.ckpt" / "nnet_ema.pth"
+    torch.save({released_name(name): tensor for name, tensor in state.items()}, released)
+    for source in (weights, weights / "nnet_ema.safetensors", released, released.parent):
+        model = Model.open(source, tiny_config)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.nnet.state_dict().items())
+    assert model.weights == released
+    released.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"without nnet_ema.safetensors or nnet_ema.pth"):
+        Model.open(released.parent, tiny_config)
 
 
-def test_euler_maruyama_noise_is_a_function_of_the_index(tiny_config, weights):
-    tiny_config.schedule = "vpsde"
-    tiny_config.sample.algorithm = "euler_maruyama_sde"
-    accelerator = launch.make_accelerator()
-    nnet = utils.build_network(tiny_config).eval()
-    utils.load_network_weights(nnet, weights)
-    schedule = training.sde.get_schedule("vpsde")
-    sample = utils.make_sampler(tiny_config, nnet, nnet.null_label, schedule, None, accelerator, 4)
+def test_noise_is_a_function_of_the_index(tiny_config, weights):
+    """Also what a solver draws on its way."""
+    tiny_config.sample.algorithm = "ddpm"
+    model = Model.open(weights, tiny_config)
+    sample = model.sampler(steps=4)
     together, alone = sample([5, 6], [1, 2])[0], sample([6], [2])[0]
     assert (together[1].int() - alone[0].int()).abs().max() <= 1
-    with pytest.raises(ValueError, match=r"labels must be in 0..3 \(3: no class\); found 4"):
+    with pytest.raises(ValueError, match=r"labels must be in 0..3 \(3: no class\); found \[4\]"):
         sample([0], [4])
 
 
 def test_guidance_flags(tiny_config, weights, tmp_path):
-    done = run(*command(tiny_config, weights, tmp_path / "a", "--cfg=2.5", "--cfg_scale_pow=1.5"))
+    done = run_forked(*command(tiny_config, weights, tmp_path / "a", "--cfg=2.5", "--cfg_scale_pow=1.5"))
     assert done.returncode == 0, done.stderr
     assert '"scale": 2.5' in (tmp_path / "a" / "sampling.json").read_text()
     assert "no scores: no reference statistics" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "algorithm", [name for name in SOLVERS if name != "dpm_solver" and not SOLVERS[name].continuous]
-)
-def test_other_samplers_run(tiny_config, weights, tmp_path, algorithm):
-    tiny_config.sample.update(algorithm=algorithm, n_samples=3, sample_steps=max(4, SOLVERS[algorithm].least_steps))
-    evaluation.evaluate(tiny_config, str(weights), tmp_path)
-    assert len(set(contents(tmp_path).values())) == 5
+def test_other_samplers_run(tiny_config, weights):
+    model = Model.open(weights, tiny_config)
+    for algorithm in (name for name, solver in SOLVERS.items() if not solver.continuous):
+        model.config.sample.algorithm = algorithm
+        images, finite = model.sampler(steps=4)(range(3), [0, 1, 2])
+        assert finite.all() and len(images.flatten(1).unique(dim=0)) == 3
 
 
 def test_labels_are_balanced():
@@ -190,36 +189,30 @@ def test_another_shape_names_the_first_tensors(tiny_config, weights, tmp_path):
         evaluation.evaluate(tiny_config, str(tmp_path / "a.pth"), tmp_path / "images")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda config: config.nnet.stages[0].update(num_heads=2), r"nnet.stages\[0\].num_heads: 4 there, 2 now"),
-        (lambda config: config.nnet.update(norm_type="LN"), "nnet.norm_type: TDRMSN there, LN now"),
-        (lambda config: config.update(schedule="vpsde"), "schedule: sd there, vpsde now"),
-        (lambda config: config.update(z_shape=(4, 16, 8)), r"z_shape: \[4, 8, 8\] there, \[4, 16, 8\] now"),
-        (lambda config: config.dataset.update(n_classes=2), "dataset.n_classes: 3 there, 2 now"),
-    ],
-)
-def test_a_config_that_the_weights_were_not_trained_with_is_refused(tiny_config, weights, tmp_path, change, message):
+def test_a_config_that_the_weights_were_not_trained_with_is_refused(tiny_config, weights, tmp_path):
     """From every form that has its config with it; most of these leave names and shapes of all tensors equal."""
     converting.convert(str(weights), tmp_path / "own" / "a.safetensors")
     converting.convert(str(weights), tmp_path / "pipeline")
-    change(tiny_config)
-    for path in (weights, tmp_path / "own" / "a.safetensors", tmp_path / "pipeline"):
-        with pytest.raises(ValueError, match=rf"was trained with another config \({message}\): give the config"):
-            evaluation.evaluate(tiny_config, str(path), tmp_path / "images")
-    assert not (tmp_path / "images").exists()
+    for name, value, message in (
+        ("nnet.norm_type", "LN", "nnet.norm_type: TDRMSN there, LN now"),
+        ("schedule", "vpsde", "schedule: sd there, vpsde now"),
+        ("z_shape", (4, 16, 8), r"z_shape: \[4, 8, 8\] there, \[4, 16, 8\] now"),
+        ("dataset.n_classes", 2, "dataset.n_classes: 3 there, 2 now"),
+    ):
+        config = tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict({name: value})
+        for path in (weights, tmp_path / "own" / "a.safetensors", tmp_path / "pipeline"):
+            with pytest.raises(ValueError, match=rf"was trained with another config \({message}\): give that config"):
+                Model.open(path, config)
 
 
 def test_command_line_errors(tiny_config, weights, tmp_path):
     for flags, message in (
         (["--cfg=0.4"], "error: the guidance scale"),
         (["extra"], "error: expected only flags"),
-        (["--config.autoencoder.pretrained_path="], "pixels are sampled, of 3 channels; found 4 in config.z_shape"),
-        (["--config.nnet.stages[4].dim=8"], "(config.nnet.stages has 2 items, 0 to 1)"),
-        ([f"--IMGsave_path={weights / 'state.json'}"], "or set --IMGsave_path"),
-        ([f"--IMGsave_path={weights / 'state.json' / 'images'}"], "or set --IMGsave_path"),
-        (["--IMGsave_path=/proc/nope/x"], "or set --IMGsave_path"),
+        (["--config.autoencoder.pretrained_path="], "pixels have 3 channels, config.z_shape has 4"),
+        ([f"--IMGsave_path={weights / 'state.json'}"], "Not a directory"),
+        (["--IMGsave_path=/proc/nope/x"], "/proc/nope"),
     ):
         done = run_forked(*command(tiny_config, weights, tmp_path / "images", *flags))
         assert done.returncode != 0 and message in done.stderr, done.stderr
@@ -231,29 +224,32 @@ class Harmful:
         return (open, ("/nonexistent-harm", "w"))
 
 
-def test_pickles_are_not_run(tiny_config, tmp_path):
+def test_pickles_are_not_run(tmp_path):
     torch.save({"weight": Harmful()}, tmp_path / "harm.pth")
-    with pytest.raises(ValueError, match="could not be read as a plain state dict"):
-        read_state_dict(tmp_path / "harm.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="expected a plain state dict of tensors"):
-        read_state_dict(tmp_path / "list.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"123")
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        read_state_dict(tmp_path / "cut.safetensors")
-    nnet = utils.build_network(tiny_config)
-    with pytest.raises(ValueError, match=r"missing in the file\n  .*\n  .*\n  .*\n  .*\n  ... and \d+ more"):
-        load_weights(nnet, {}, "empty")
+    for name, message in (
+        ("harm.pth", "could not be read as a plain state dict"),
+        ("list.pth", "expected a plain state dict of tensors"),
+        ("cut.safetensors", "not a whole safetensors file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Model.open(tmp_path / name)
 
 
-def test_u_vit_style_folder(tiny_config, weights, tmp_path):
+DAMAGED = {
+    "stages": lambda values: values["nnet"].update(stages=3),
+    "a field of a stage": lambda values: values["nnet"]["stages"][0].update(dim="x"),
+    "no schedule": lambda values: values.pop("schedule"),
+    "z_shape": lambda values: values.update(z_shape=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_saved_config_is_one_error(tiny_config, weights, tmp_path, damage):
+    values = config_json(tiny_config)
+    DAMAGED[damage](values)
     state = read_state_dict(weights / "nnet_ema.safetensors")
-    folder = tmp_path / "6.ckpt"
-    folder.mkdir()
-    torch.save({released_name(name): tensor for name, tensor in state.items()}, folder / "nnet_ema.pth")
-    nnet = utils.build_network(tiny_config)
-    assert utils.load_network_weights(nnet, folder) == folder / "nnet_ema.pth"
-    shutil.rmtree(folder)
-    folder.mkdir()
-    with pytest.raises(ValueError, match=r"a folder without nnet_ema.safetensors or nnet_ema.pth"):
-        utils.load_network_weights(nnet, folder)
+    save_file(state, tmp_path / "a.safetensors", {"config": json.dumps(values)})
+    with pytest.raises(ValueError, match=r"^the config saved with .*a.safetensors is damaged: "):
+        Model.open(tmp_path / "a.safetensors")

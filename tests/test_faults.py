@@ -25,11 +25,11 @@ from PIL import Image
 from test_train import assert_same_checkpoint, losses, wait_for_step
 
 import train as training
-import utils
 from libs import UserError, checkpoint, pictures, train_state
 from libs.files import file_digest
 from libs.latents import LatentStore
 from libs.logger import Logger, drop_later_lines
+from libs.model import Model, build_network, config_json
 from libs.optim import EMA, PowerEMA, gamma_of, posthoc_coefficients
 from libs.train_state import read_checkpoint
 from scripts import posthoc_ema
@@ -438,12 +438,11 @@ def test_other_settings_may_change_with_a_warning(tiny_config, workdir, caplog):
 def test_starting_from_weights_of_another_size(tiny_config, tmp_path, tiny_autoencoder):
     tiny_config.train.n_steps = 3
     training.train(tiny_config, tmp_path / "first")
-    source = training.utils.build_network(tiny_config)
-    training.utils.load_network_weights(source, tmp_path / "first" / "ckpts" / "3.ckpt")
+    source = Model.open(tmp_path / "first" / "ckpts" / "3.ckpt", tiny_config).nnet
     tiny_config.z_shape = (4, 16, 8)
     tiny_config.dataset.n_classes = 7
     tiny_config.init.update(path=str(tmp_path / "first" / "ckpts" / "3.ckpt"), freeze=(r"^stages\.0\.blocks",))
-    nnet = training.utils.build_network(tiny_config)
+    nnet = build_network(tiny_config)
     fresh = nnet.stages[0].class_embed.weight.clone()
     training.start_from(nnet, tiny_config)
     assert torch.equal(nnet.stages[0].class_embed.weight, fresh)
@@ -461,15 +460,15 @@ def test_starting_from_weights_of_another_size(tiny_config, tmp_path, tiny_autoe
 def test_position_tables_are_read_as_the_grid_saved_with_them(tiny_config, tmp_path, old, new):
     """A table whose cells hold their row and column, which interpolation keeps but for the ends of the grid."""
     tiny_config.z_shape = (4, *old)
-    source = training.utils.build_network(tiny_config)
+    source = build_network(tiny_config)
     rows, columns = torch.meshgrid(*(torch.linspace(0, 1, n) for n in old), indexing="ij")
     table = source.stages[1].pos_embed.weight.data
     table[:, :2] = torch.stack([rows, columns], dim=-1).flatten(0, 1)
-    metadata = {checkpoint.CONFIG_KEY: json.dumps(utils.config_json(tiny_config))}
+    metadata = {checkpoint.CONFIG_KEY: json.dumps(config_json(tiny_config))}
     safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors", metadata)
     tiny_config.z_shape = (4, *new)
     tiny_config.init.path = str(tmp_path / "weights.safetensors")
-    nnet = training.utils.build_network(tiny_config)
+    nnet = build_network(tiny_config)
     training.start_from(nnet, tiny_config)
     found = nnet.stages[1].pos_embed.weight.data[:, :2].unflatten(0, new)
     expected = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in new), indexing="ij"), dim=-1)
@@ -482,7 +481,7 @@ def test_what_is_frozen_may_change_within_a_run(tiny_config, tmp_path, frozen_fi
     """Frozen parts stay as they are, and their moments are left out; what is trained from now on begins with none."""
     pattern, name = (r"^stages\.0",), "stages.0.skips.0.weight"
     torch.manual_seed(tiny_config.seed)
-    initial = utils.build_network(tiny_config).state_dict()
+    initial = build_network(tiny_config).state_dict()
     for n_steps, frozen in ((3, frozen_first), (6, not frozen_first)):
         tiny_config.init.freeze = pattern if frozen else ()
         resume_until(tiny_config, n_steps, tmp_path)
@@ -549,7 +548,7 @@ def test_posthoc_script_on_a_run(tiny_config, tmp_path, monkeypatch):
     assert all(torch.allclose(rebuilt[name], kept[name], atol=1e-5) for name in kept)
     assert checkpoint.ema_profile(out) == "width 0.1, reconstructed"
     names = ["class0", "class1", "class2"]
-    saved = {"config": utils.config_json(tiny_config), "step": 6, "class_names": names}
+    saved = {"config": config_json(tiny_config), "step": 6, "class_names": names}
     assert checkpoint.saved_settings(out) == saved
     assert {file.name: checkpoint.ema_profile(file) for file in last.glob("nnet*")} == {
         "nnet.safetensors": "",

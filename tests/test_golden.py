@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-import utils
 from libs import optim
 from libs.checkpoint import load_weights, released_name
+from libs.model import build_network
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_golden
@@ -77,7 +77,7 @@ def test_size_of_published_models(name):
     parameters, multiply_adds = MODELS[name]
     config = load_config(name)
     with torch.device("meta"):
-        nnet = utils.build_network(config)
+        nnet = build_network(config)
         inputs = torch.randn(1, *config.z_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     count = sum(p.numel() for p in nnet.parameters())
     if isinstance(parameters, int):
@@ -96,7 +96,7 @@ def test_released_checkpoint_names_load(model):
     with open(GOLDEN / f"{model}_state_dict.tsv") as file:
         shapes = {row["name"]: tuple(map(int, row["shape"].split("x"))) for row in csv.DictReader(file, delimiter="\t")}
     with torch.device("meta"):
-        nnet = utils.build_network(load_config(f"{model}_imagenet256"))
+        nnet = build_network(load_config(f"{model}_imagenet256"))
         state = {name: torch.empty(shape) for name, shape in shapes.items()}
     load_weights(nnet, state, "released")
     assert {released_name(name) for name in nnet.state_dict()} == set(shapes)

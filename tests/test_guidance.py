@@ -1,8 +1,6 @@
 """Guidance: what is asked of the network at which noise level, and that nothing in sampling waits for the device."""
 
-import contextlib
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sde
 import utils
 from libs import UserError
+from libs.model import Model, build_network_on_meta, open_autoencoder, open_guide
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, Solver, check_guidance
 
@@ -23,7 +22,7 @@ class Counting(torch.nn.Module):
 
     def __init__(self, nnet):
         super().__init__()
-        self.nnet, self.calls = nnet, []
+        self.nnet, self.calls, self.null_label = nnet, [], getattr(nnet, "null_label", 3)
 
     def forward(self, x, t, y):
         self.calls.append(len(x))
@@ -140,11 +139,10 @@ def on_meta(tiny_config):
         tiny_config.sample.update(**settings)
         utils.check_sampling(tiny_config)
         device = torch.device("meta")
-        accelerator = SimpleNamespace(device=device, autocast=contextlib.nullcontext)
-        autoencoder = utils.open_autoencoder(tiny_config, torch.device("cpu")).to(device)
-        nnet = Counting(utils.build_network_on_meta(tiny_config))
-        schedule = sde.get_schedule(tiny_config.schedule)
-        return nnet, utils.make_sampler(tiny_config, nnet, 3, schedule, autoencoder, accelerator, 12, guide)
+        autoencoder = open_autoencoder(tiny_config, torch.device("cpu")).to(device)
+        nnet = Counting(build_network_on_meta(tiny_config))
+        guide = guide and Model(tiny_config, guide, device)
+        return nnet, Model(tiny_config, nnet, device, guide=guide, autoencoder=autoencoder).sampler(steps=12)
 
     return make
 
@@ -194,25 +192,22 @@ def test_settings_that_cannot_work(tiny_config, tmp_path, monkeypatch):
         tiny_config.sample.update(settings)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             utils.check_sampling(tiny_config)
-            utils.open_weaker_network(tiny_config, torch.device("cpu"))
+            open_guide(tiny_config, torch.device("cpu"))
         tiny_config.sample.update(before)
 
     refuses("autoguidance_config is set without config.sample.autoguidance_path", autoguidance_config="x.py")
-    (tmp_path / "bad.py").write_text("def get_config():\n    return 1 / 0\n")
-    found = r"bad\.py, line 2: expected a config with get_config\(\); found ZeroDivisionError"
-    refuses(found, autoguidance_path="a", autoguidance_config=str(tmp_path / "bad.py"))
-    refuses("no config at config.sample.autoguidance_config=x.py", autoguidance_path="a", autoguidance_config="x.py")
+    refuses("No such file or directory: .*x.py", autoguidance_path="a", autoguidance_config="x.py")
     refuses(r"no checkpoint at nowhere", autoguidance_path="nowhere")
     monkeypatch.setitem(SOLVERS, "slow", Solver(None, least_steps=7))
     refuses("config.sample.sample_steps must be at least 7 for slow; found 6", algorithm="slow", sample_steps=6)
     refuses("euler_maruyama_ode needs config.schedule vpsde or vpsde_cosine; found sd", algorithm="euler_maruyama_ode")
     refuses("config.sample.algorithm must be one of dpm_solver, .*, slow; found 'fast'", algorithm="fast")
     refuses(
-        r"the guiding network's z_shape must be that of the guided one, \(4, 8, 8\); found \(4, 32, 32\)",
+        r"the guiding network's z_shape must be \[4, 8, 8\]; found \[4, 32, 32\]",
         autoguidance_path="a",
         autoguidance_config="configs/DiMR-XL-2R_imagenet256.py",
     )
     tiny_config.dataset.n_classes = 0
-    refuses("can only be guided by", scale=1.5)
+    refuses("without classes, config.sample.scale must be 1", scale=1.5)
     tiny_config.sample.update(autoguidance_path="a", scale=1.5)
     utils.check_sampling(tiny_config)

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 import eval as evaluation
 import sde
-import utils
-from libs.class_names import class_label, imagenet_names
+from libs.model import build_network, class_label, config_json, imagenet_names, read_network
 from libs.pipeline import DiMRPipeline
 from scripts import convert_checkpoint as converting
 
@@ -29,13 +28,17 @@ def weights(tiny_config, tmp_path):
 
 def save_weights(config, path):
     """Random weights, large enough that the class shows in the pictures."""
-    state = {name: t + 0.2 * torch.randn(t.shape) for name, t in utils.build_network(config).state_dict().items()}
-    save_file(state, path, {"config": json.dumps(utils.config_json(config))})
+    state = {name: t + 0.2 * torch.randn(t.shape) for name, t in build_network(config).state_dict().items()}
+    save_file(state, path, {"config": json.dumps(config_json(config))})
+
+
+def pipeline_of(weights):
+    return converting.build_pipeline(*read_network(weights))
 
 
 @pytest.fixture
 def pipe(weights):
-    pipe = converting.build_pipeline(converting.read_model(str(weights)))
+    pipe = pipeline_of(weights)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -206,8 +209,7 @@ def test_decoding_leaves_the_autoencoder_on_its_device(pipe, monkeypatch):
 def test_a_saved_pipeline_keeps_what_its_weights_were_trained_with(pipe, tiny_config, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     DiMRPipeline.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
-    model = converting.read_model(str(tmp_path / "again"))
-    assert utils.config_json(model.config) == utils.config_json(tiny_config)
+    assert config_json(read_network(tmp_path / "again")[2]) == config_json(tiny_config)
 
 
 def test_every_evaluation_is_counted_on_the_progress_bar(pipe, capfd):
@@ -219,7 +221,7 @@ def test_every_evaluation_is_counted_on_the_progress_bar(pipe, capfd):
 def test_a_model_without_classes_needs_no_label(tiny_config, tmp_path):
     tiny_config.dataset.n_classes, tiny_config.sample.scale = 0, 1.0
     save_weights(tiny_config, tmp_path / "a.safetensors")
-    pipe = converting.build_pipeline(converting.read_model(str(tmp_path / "a.safetensors")))
+    pipe = pipeline_of(tmp_path / "a.safetensors")
     assert len(pipe().images) == 1 and len(pipe([0] * 3).images) == 3
 
 
@@ -229,7 +231,7 @@ def test_labels_by_number_and_by_name(pipe):
     assert names[0] == "tench" and names[999] == "toilet tissue" and len(set(names)) == 1000
     assert pipe.names == ["0", "1", "2"] and class_label(3, pipe.names) == 3
     assert pipe(np.int64(1), output_type="np").images.shape[0] == 1
-    with pytest.raises(ValueError, match=r"no class is called 'retriever'; near it: .*golden retriever"):
+    with pytest.raises(ValueError, match=r"no class is called 'retriever'; there are .*golden retriever"):
         class_label("retriever", names)
 
 

@@ -11,13 +11,12 @@ from conftest import load_config, run
 from forked import run_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import save_weights
+from test_pipeline import pipeline_of, save_weights
 from tqdm import tqdm
 
 import eval as evaluation
 import sde
-import utils
-from libs.checkpoint import PIPELINE_FILE
+from libs.model import Model, config_json, open_autoencoder
 from scripts import convert_checkpoint as converting
 from scripts import sample
 
@@ -33,39 +32,30 @@ def weights(tiny_config, tmp_path):
 
 @pytest.fixture
 def model(weights):
-    return sample.Model(str(weights), None)
+    return sample.open_model(str(weights))
 
 
 def test_the_pixels_are_those_of_eval_and_of_the_pipeline(tiny_config, weights, model, tmp_path):
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")
     expected = np.stack([np.asarray(Image.open(tmp_path / "images" / f"{i}.png")) for i in range(9)])
     labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert np.array_equal(model.sample(model.with_settings(None, None, None), labels), expected)
-    pipe = converting.build_pipeline(converting.read_model(str(weights)))
-    piped = pipe(labels[4:8], seed=tiny_config.seed, indices=range(4, 8)).images
+    assert np.array_equal(sample.draw_samples(model, labels), expected)
+    piped = pipeline_of(weights)(labels[4:8], seed=tiny_config.seed, indices=range(4, 8)).images
     assert np.array_equal(np.stack(piped), expected[4:8])
-    # from every form of the weights
-    for form in ("released.pth", "pipeline"):
+    for form, config in (("released.pth", tiny_config), ("pipeline", None)):
         converting.convert(str(weights), tmp_path / form)
-        config = tmp_path / "config.py"
-        config.write_text(
-            f"import utils\ndef get_config():\n    return utils.config_from_json({utils.config_json(tiny_config)!r})\n"
-        )
-        other = sample.Model(str(tmp_path / form), str(config) if form == "released.pth" else None)
-        assert np.array_equal(other.sample(other.with_settings(None, None, None), labels), expected)
+        assert np.array_equal(sample.draw_samples(Model.open(tmp_path / form, config), labels), expected)
 
 
 def test_the_program_draws_the_grid_and_the_trajectory(weights, model, tmp_path):
     """Cells are the pictures enlarged by a whole factor, where their captions say."""
     grid = tmp_path / "out" / "grid.png"
-    flags = ("--classes", "2,0", "--per_class", 2, "--seed", 0, "--cfg", "1,3", "--steps", "3,5")
-    done = run(
-        "scripts/sample.py", *flags, "--columns", " guidance", "--nnet_path", weights, "--grid", grid, "--trajectory"
-    )
+    flags = ("--classes", "2,0", "--per_class", 2, "--seed", 0, "--cfg", "1,3", "--steps", "3,5", "--trajectory")
+    done = run("scripts/sample.py", *flags, "--columns", " guidance", "--nnet_path", weights, "--grid", grid)
     assert done.returncode == 0, done.stderr
     pixels = np.asarray(Image.open(grid))
     made = {
-        (scale, steps): model.sample(model.with_settings(0, scale, steps), [2, 2, 0, 0])
+        (scale, steps): sample.draw_samples(sample.with_settings(model, 0, scale, steps), [2, 2, 0, 0])
         for scale in (1.0, 3.0)
         for steps in (3, 5)
     }
@@ -81,7 +71,7 @@ def test_the_program_draws_the_grid_and_the_trajectory(weights, model, tmp_path)
     assert np.array_equal(shown[:, -100:-4:6], made[1.0, 3][0])
 
 
-def test_without_classes_it_takes_the_first_ten(tiny_config, weights, tmp_path):
+def test_without_classes_it_takes_the_first_ten(weights, tmp_path):
     """Of three; drawn as when they are named."""
     for name, flags in (("a.png", ()), ("b.png", ("--classes", "0,1,2"))):
         done = run_forked("scripts/sample.py", "--nnet_path", weights, *flags, "--steps", 3, "--grid", tmp_path / name)
@@ -92,24 +82,20 @@ def test_without_classes_it_takes_the_first_ten(tiny_config, weights, tmp_path):
 def test_the_autoencoder_is_found_from_any_folder(tiny_config, tiny_autoencoder, weights, tmp_path, monkeypatch):
     """A saved relative path is the repository's; a pipeline has its own; one that is given goes before both."""
     monkeypatch.chdir(tmp_path)
-    for path in ("", "stabilityai/sd-vae-ft-ema", "assets/digits_autoencoder", str(tiny_autoencoder)):
-        assert sample.find_autoencoder(path, weights) == path
     config = load_config("digits")
-    assert utils.open_autoencoder(config, torch.device("cpu")).latent_channels == 4
+    assert open_autoencoder(config, "cpu").latent_channels == 4
     (tmp_path / "assets" / "digits_autoencoder").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"^assets/digits_autoencoder is not a whole AutoencoderKL"):
-        utils.open_autoencoder(config, torch.device("cpu"))
+    with pytest.raises((ValueError, OSError), match=r"assets/digits_autoencoder"):
+        open_autoencoder(config, "cpu")
 
     converting.convert(str(weights), tmp_path / "pipeline")
-    file = tmp_path / "pipeline" / PIPELINE_FILE
-    assert sample.find_autoencoder("assets/none.pth", file) == str(tmp_path / "pipeline" / "vae")
-    assert sample.find_autoencoder("", file) == ""
-
+    assert Model.open(tmp_path / "pipeline").config.autoencoder.pretrained_path == str(tmp_path / "pipeline" / "vae")
     tiny_config.autoencoder.pretrained_path = "assets/none.pth"
     save_weights(tiny_config, tmp_path / "without.safetensors")
-    with pytest.raises(ValueError, match=r"No autoencoder at assets/none\.pth"):
-        sample.Model(str(tmp_path / "without.safetensors"), None)
-    assert sample.Model(str(tmp_path / "without.safetensors"), None, str(tiny_autoencoder)).autoencoder
+    for path, given in ((tmp_path / "without.safetensors", None), (tmp_path / "pipeline", tiny_config)):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"assets/none\.pth"):
+            Model.open(path, given)
+        assert Model.open(path, given, autoencoder=str(tiny_autoencoder)).autoencoder
 
 
 def test_a_bar_counts_the_evaluations(model, monkeypatch):
@@ -120,8 +106,9 @@ def test_a_bar_counts_the_evaluations(model, monkeypatch):
         return bars[-1]
 
     monkeypatch.setattr(sample, "tqdm", shown)
-    model.sample(model.with_settings(0, 2.0, 5), [0, 1, 2, 0, 1, 2])  # batches of 4
-    model.trajectory(model.with_settings(0, 2.0, 5), [0, 3], [0, 1])
+    model = sample.with_settings(model, 0, 2.0, 5)
+    sample.draw_samples(model, [0, 1, 2, 0, 1, 2])  # batches of 4
+    sample.trajectory(model, [0, 3], [0, 1])
     assert [(bar.total, bar.n) for bar in bars] == [(10, 10), (5, 5)]
 
 
@@ -130,23 +117,22 @@ def test_every_branch_estimates_the_picture_at_its_resolution(model):
     torch.manual_seed(0)
     x_0, eps = torch.randn(2, 3, 4, 8, 8)
     t = torch.tensor(0.4, dtype=torch.float64)
-    x = model.schedule.add_noise(x_0, eps, t.expand(3))
+    x = sde.get_schedule(model.config.schedule).add_noise(x_0, eps, t.expand(3))
     for ratio in (1, 2, 4):
-        found = model.estimate(x, t.item(), sde.multi_scale_target(eps, ratio))
+        found = sample.estimate(model, x, t.item(), sde.multi_scale_target(eps, ratio))
         assert torch.allclose(found, F.avg_pool2d(x_0, ratio), atol=1e-5)
 
 
 def test_images_that_are_not_finite_are_an_error_and_not_written(tiny_config, weights, tmp_path):
     state = load_file(weights)
     state["stages.1.head.conv.bias"][0] = float("nan")
-    save_file(state, weights, {"config": json.dumps(utils.config_json(tiny_config))})
-    model = sample.Model(str(weights), None)
-    config = model.with_settings(None, None, None)
+    save_file(state, weights, {"config": json.dumps(config_json(tiny_config))})
+    model = sample.open_model(str(weights))
     with pytest.raises(ValueError, match="5 of 5 images came out with NaN or infinity"):
-        model.sample(config, [0] * 5)
+        sample.draw_samples(model, [0] * 5)
     with pytest.raises(ValueError, match="NaN or infinity"):
-        model.trajectory(config, [0], [0])
-    pipe = converting.build_pipeline(converting.read_model(str(weights)))
+        sample.trajectory(model, [0], [0])
+    pipe = pipeline_of(weights)
     with pytest.raises(ValueError, match="2 of 2 images"):
         pipe([0, 1])
     assert pipe([0, 1], output_type="latent").images.isnan().any()
@@ -155,17 +141,12 @@ def test_images_that_are_not_finite_are_an_error_and_not_written(tiny_config, we
     assert not list((tmp_path / "images").glob("*.png"))
 
 
-def test_the_trajectory_ends_in_the_sample_and_shows_guided_branches(model):
-    config = model.with_settings(3, 2.5, 9)
-    times, pictures, samples = model.trajectory(config, [0, 2], [1, 2])
+def test_the_trajectory_ends_in_the_sample(model):
+    model = sample.with_settings(model, 3, 2.5, 9)
+    times, pictures, samples = sample.trajectory(model, [0, 2], [1, 2])
     assert len(times) == 8 and times[0] == 1 and times == sorted(set(times), reverse=True)
     assert [picture.shape for picture in pictures[0]] == [(2, 8, 8, 3), (2, 16, 16, 3)]
-    direct = sample.as_pictures(
-        utils.make_sampler(config, model.nnet, 3, model.schedule, model.autoencoder, model.accelerator, 9)(
-            [0, 2], [1, 2]
-        )[0]
-    )
-    assert np.array_equal(samples, direct)
+    assert np.array_equal(samples, sample.as_arrays(model.sampler()([0, 2], [1, 2])[0]))
 
 
 def test_errors_are_one_line_and_write_nothing(weights, tmp_path, monkeypatch):
@@ -175,10 +156,11 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path, monkeypatch):
         (("--classes", "dog"), grid, "error: no class is called 'dog'"),
         (("--classes", "1", "--cfg", "0.5"), grid, "error: the guidance scale must be at least 1"),
         (("--classes", "1", "--nnet_path", "none.safetensors"), grid, "error: no checkpoint at none.safetensors"),
-        (("--seed", "99999999999999999999"), grid, "error: the seed (--seed) must be at least 0 and at most 9"),
-        (("--steps", "1"), grid, "error: the number of steps (--steps) must be at least 3 for dpm_solver; found 1"),
-        (("--classes", "1", "--autoencoder", "none.pth"), grid, "error: No autoencoder at none.pth"),
+        (("--seed", "99999999999999999999"), grid, "error: config.seed must be at least 0 and at most 9"),
+        (("--steps", "1"), grid, "error: config.sample.sample_steps must be at least 3 for dpm_solver; found 1"),
+        (("--classes", "1", "--autoencoder", "none.pth"), grid, "none.pth"),
         (("--classes", "1", "--config", "configs/digits.py"), grid, "was trained with another config (nnet."),
+        (("--columns", "class,steps,class"), grid, "error: --columns must be some of class, sample, guidance, steps"),
         (("--steps", "3"), tmp_path / "o.jpg", "error: --grid must end in .png"),
         (("--steps", "3"), tmp_path / "file" / "o.png", "set --grid"),
     ):
@@ -188,8 +170,3 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path, monkeypatch):
             sample.main()
         assert str(end.value).startswith("error: ") and len(str(end.value).splitlines()) == 1
         assert not path.is_file()
-    for path, message in ((tmp_path / "file" / "x" / "grid.png", "or set --grid"), (tmp_path, "is a folder")):
-        with pytest.raises((ValueError, OSError), match=message):
-            sample.save(lambda: pytest.fail("drawn"), path)  # told before anything is sampled
-    with pytest.raises(ValueError, match="--steps must be numbers with commas between; found '1;2'"):
-        sample.numbers("1;2", int, "--steps")

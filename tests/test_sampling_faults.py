@@ -10,8 +10,8 @@ from conftest import make_tiny_config, overrides
 from safetensors.torch import save_file
 from test_sharding import join, start_ranks
 
-import utils
 from img2npz import img2npz
+from libs.model import build_network
 
 pytestmark = pytest.mark.slow
 N_SAMPLES, KILLS = 150, 5
@@ -24,7 +24,7 @@ def command(tmp_path_factory, tiny_autoencoder, tiny_latents) -> list[str]:
     config.sample.update(n_samples=N_SAMPLES, mini_batch_size=3, sample_steps=20)
     weights = tmp_path_factory.mktemp("weights") / "nnet.safetensors"
     torch.manual_seed(0)
-    save_file(utils.build_network(config).state_dict(), weights)
+    save_file(build_network(config).state_dict(), weights)
     return ["eval.py", *overrides(config), f"--nnet_path={weights}"]
 
 

@@ -21,6 +21,7 @@ from test_train import assert_same_checkpoint, assert_same_tensors, losses, wait
 import train as training
 from configs.common import check_fields
 from libs import checkpoint, launch, sharding, train_state
+from libs.model import build_network
 from libs.optim import EMA, make_adamw
 from libs.train_state import TrainState, read_checkpoint
 
@@ -229,7 +230,7 @@ def pieces(folder):
 
     def build(sharded):
         torch.manual_seed(0)
-        nnet = training.utils.build_network(config)
+        nnet = build_network(config)
         ema = EMA(nnet, 0.5)
         if sharded:
             sharding.shard(nnet, [ema.model], torch.device("cpu"))

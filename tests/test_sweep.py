@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import eval as evaluation
-import utils
+from libs.model import build_network
 from scripts.sweep_guidance import Scorer, Setting, combine, open_scorer, sweep
 
 
@@ -21,7 +21,7 @@ def ink(folder, accelerator=None):
 def test_every_setting_is_scored_once(tiny_config, tmp_path):
     weights, out, scored = tmp_path / "tiny.safetensors", tmp_path / "sweep", []
     torch.manual_seed(5)
-    state = utils.build_network(tiny_config).state_dict()
+    state = build_network(tiny_config).state_dict()
     save_file({name: tensor + 0.2 * torch.randn(tensor.shape) for name, tensor in state.items()}, weights)
     scorer = Scorer({"ink": "mean ink"}, {"by": "ink"}, lambda folder, _: scored.append(folder) or ink(folder))
     settings = combine([1.0, 4.0], [None, 2.0], [None], [3, 4])

@@ -16,6 +16,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import train as training
 from libs.data import StepBatches
+from libs.model import build_network
 from libs.optim import EMA, make_adamw, split_decay, warmup_lr
 from libs.randomness import step_draws
 from libs.train_state import read_checkpoint
@@ -146,7 +147,7 @@ def test_labels_are_dropped_at_the_published_rate(tiny_config):
 
 
 def test_decay_rule_and_warmup(tiny_config):
-    nnet = training.utils.build_network(tiny_config)
+    nnet = build_network(tiny_config)
     decayed, spared = split_decay(nnet)
     names = {id(p): name for name, p in nnet.named_parameters()}
     assert all(re.search(r"time_(weight|bias)$", names[id(p)]) for p in spared)
