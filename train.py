@@ -40,6 +40,7 @@ from libs.logger import Logger, code_version, lock_workdir
 from libs.metrics import PlannedImages, Reference
 from libs.model import (
     Model,
+    Sampler,
     build_empty_network,
     build_network,
     build_network_on_meta,
@@ -307,7 +308,7 @@ def network_inputs(
     return x0, torch.where(draws.uniform_drop < p_uncond, null_label, labels)
 
 
-def save_grid(path: Path, sample, ema: nn.Module, config: ml_collections.ConfigDict, main: bool) -> None:
+def save_grid(path: Path, sample: Sampler, ema: nn.Module, config: ml_collections.ConfigDict, main: bool) -> None:
     """Write a grid of samples, a class to a row, and the strip of all grids so far; on a full disk they are lost."""
     rows, columns = config.train.grid
     labels = [label for label in range(min(rows, max(config.dataset.n_classes, 1))) for _ in range(columns)]

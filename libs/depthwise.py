@@ -103,7 +103,7 @@ depthwise_conv.register_autograd(depthwise_backward, setup_context=keep_inputs)
 # --- The Triton kernels -----------------------------------------------------------------------------------------------
 
 
-def triton_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False) -> Tensor:
+def triton_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool = False) -> Tensor:
     """Convolve (B, h, w, D) by weight (D, 1, k, k) and bias (D,), and add x if `residual`. CUDA; sums are float32.
 
     The result has the precision of x: float32, bfloat16 or float16.

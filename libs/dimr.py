@@ -260,9 +260,7 @@ class DiMR(nn.Module):
         if patches[-1:] != [1] or any(coarse % fine or coarse == fine for coarse, fine in itertools.pairwise(patches)):
             raise UserError(f"patch sizes must each be a multiple of the next and end in 1; found {patches}")
         if n_classes and not any(BLOCKS[spec.block_type].on_tokens for spec in stages):
-            raise UserError(
-                f"{n_classes} classes need a stage of TransformerBlock; found none: add one or set n_classes=0"
-            )
+            raise UserError(f"{n_classes} classes need a TransformerBlock stage; found none (or set n_classes=0)")
         if norm_type not in NORMS:
             raise UserError(f"norm_type must be one of {', '.join(NORMS)}; found {norm_type!r}")
         self.channels = channels

@@ -93,6 +93,8 @@ def network_differences(config: ConfigDict, weights: Path, but: Sequence[str] = 
 
 def build_stages(config: ConfigDict) -> list[StageSpec]:
     """Return the specs of the branches, coarsest first: patch sizes 2^(R-1), ..., 2, 1 and the grids that follow."""
+    if len(config.z_shape) != 3:
+        raise UserError(f"config.z_shape must be (channels, height, width); found {tuple(config.z_shape)}")
     _, height, width = config.z_shape
     specs, n_stages = [], len(config.nnet.stages)
     for r, stage in enumerate(config.nnet.stages):
@@ -131,7 +133,8 @@ def loss_weights(config: ConfigDict) -> tuple[float, ...]:
     """Return config.loss_coeffs, the weight of each resolution's loss, or the published weights where it is None."""
     n_stages = len(config.nnet.stages)
     weights = config.loss_coeffs or sde.default_loss_weights(n_stages)
-    if len(weights) != n_stages or not all(0 <= weight < float("inf") for weight in weights):
+    numbers = [weight for weight in weights if isinstance(weight, int | float) and 0 <= weight < float("inf")]
+    if len(weights) != n_stages or len(numbers) != n_stages:
         raise UserError(f"config.loss_coeffs must be {n_stages} numbers of at least 0; found {tuple(weights)}")
     return tuple(map(float, weights))
 

@@ -3,7 +3,7 @@
     python scripts/describe_model.py --config=configs/DiMR-XL-2R_imagenet256.py \
         [--memory_gb=80 --tflops=400 --gpus=16 --precision=bf16] [--config.FIELD=VALUE ...]
 
-Nothing is allocated or run, so any model takes seconds on any machine. Memory is that of the tensors that compiled
+Nothing is allocated or run, so any model takes a minute on any machine. Memory is that of the tensors that compiled
 blocks keep for the backward pass plus the training state; temporaries come on top, so a tenth of the GPU is left free.
 --tflops is the FLOP/s that one GPU achieves on this model (two per multiply-add), as `train.py` logs it.
 """
@@ -21,8 +21,6 @@ import utils
 from configs.common import check_fields
 from libs import cost, launch
 from libs.model import build_network, build_network_on_meta
-
-CHECKPOINTING = {"off": "off", "2": "every 2nd block", "selective": "all, matmuls kept", "all": "all"}
 
 
 def count(n: float) -> str:
@@ -62,17 +60,14 @@ def describe(config: ml_collections.ConfigDict, precision: str, memory_gb: float
         "",
         f"Training memory, {precision} precision, {n_emas} set(s) of EMA weights, {memory_gb:g} GB:",
         "",
-        "| activation checkpointing | state, GB | per image, MB | largest batch per GPU | more arithmetic |",
-        "|---|---|---|---|---|",
+        "| activation checkpointing (config.train.recompute) | state, GB | per image, MB | largest batch per GPU |",
+        "|---|---|---|---|",
     ]
-    for recompute, name in CHECKPOINTING.items():
-        memory = cost.training_memory(partial(build_network, config), shape, precision, recompute, n_emas)
-        # A second forward is a third of a step; one that keeps its matmuls costs next to none.
-        more = {"2": 100 / 6, "all": 100 / 3}.get(recompute, 0)
-        lines.append(
-            f"| {name} | {rounded(memory.state / 1e9)} | {rounded(memory.per_image / 1e6)} "
-            f"| {memory.largest_batch(0.9 * memory_gb * 1e9)} | {more:.0f} % |"
-        )
+    memory = cost.training_memory(partial(build_network, config), shape, precision, config.train.recompute, n_emas)
+    lines.append(
+        f"| {config.train.recompute} | {rounded(memory.state / 1e9)} | {rounded(memory.per_image / 1e6)} "
+        f"| {memory.largest_batch(0.9 * memory_gb * 1e9)} |"
+    )
 
     per_second = tflops * 1e12 / (6 * multiply_adds)  # a backward is two forwards; 2 FLOPs per multiply-add
     images = config.train.n_steps * config.train.batch_size

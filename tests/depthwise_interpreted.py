@@ -17,7 +17,11 @@ def results(kernel, x, grad, weight, bias, residual):
     """The convolution and its gradients, by the name of what they are of."""
     leaves = {"x": x, "weight": weight, "bias": bias}
     leaves = {name: value.clone().requires_grad_() for name, value in leaves.items() if value is not None}
-    y = depthwise.depthwise_conv(leaves["x"], leaves["weight"], leaves.get("bias"), residual, kernel)
+    if kernel == "triton":
+        y = depthwise.triton_depthwise_conv(leaves["x"], leaves["weight"], leaves.get("bias"), residual)
+    else:
+        y = depthwise.as_image_convolution(leaves["x"], leaves["weight"]) + leaves.get("bias", 0)
+        y = leaves["x"] + y if residual else y
     y.backward(grad)
     return {"result": y.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
 

@@ -282,8 +282,8 @@ def test_a_work_folder_that_cannot_be_written_ends_all_processes_in_one_line(tin
 
 
 def test_pictures_are_whole_or_not_there(tmp_path, monkeypatch):
-    def half(image, path, **kwargs):
-        path.write_bytes(b"half")
+    def half(image, file, **kwargs):
+        file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pictures, "save_image", half)

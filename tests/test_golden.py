@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from libs import optim
-from libs.checkpoint import load_weights, released_name
+from libs.checkpoint import fitting_weights, released_name
 from libs.model import build_network
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -98,8 +98,8 @@ def test_released_checkpoint_names_load(model):
     with torch.device("meta"):
         nnet = build_network(load_config(f"{model}_imagenet256"))
         state = {name: torch.empty(shape) for name, shape in shapes.items()}
-    load_weights(nnet, state, "released")
+    fitting_weights(nnet, state, "released")
     assert {released_name(name) for name in nnet.state_dict()} == set(shapes)
     state.pop("stages.0.class_embeds.weight")
     with pytest.raises(ValueError, match=r"stages.0.class_embed.weight: missing"):
-        load_weights(nnet, state, "released")
+        fitting_weights(nnet, state, "released")

@@ -145,7 +145,7 @@ def test_bad_model_and_input():
     with pytest.raises(ValueError, match="patch sizes must each be a multiple of the next and end in 1"):
         DiMR([COARSE])
     model, t, y = small_model(), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="divisible by the coarsest patch, 2; found"):
+    with pytest.raises(ValueError, match="divisible by the coarsest patch 2; found"):
         model(torch.zeros(1, 4, 7, 8), t, y)
     with pytest.raises(ValueError, match="a grid of 4x5 exceeds the position table 4x4: set z_shape"):
         model(torch.zeros(1, 4, 8, 10), t, y)
