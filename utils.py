@@ -1,5 +1,6 @@
 """Configs: loaded from files, checked, and opened as data and references."""
 
+import errno
 import math
 import operator
 import runpy
@@ -151,7 +152,7 @@ def open_scoring(reference: str, required: bool, planned: PlannedImages) -> tupl
     """
     try:
         if not Path(reference).is_file():
-            raise FileNotFoundError(f"no reference statistics at {reference!r} (set config.fid_stat, or --metrics)")
+            raise FileNotFoundError(errno.ENOENT, "no reference statistics (config.fid_stat or --metrics)", reference)
         weights, opened = find_inception(ROOT / "assets"), open_reference(reference)
     except FileNotFoundError as error:
         if required:

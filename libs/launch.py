@@ -135,12 +135,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 # --- Errors in one line -----------------------------------------------------------------------------------------------
 
-MENDABLE = (ValueError, OSError, FloatingPointError)  # plain ValueError too, until all rooms raise UserError
-
 
 def is_for_users(error: BaseException) -> bool:
     """Tell whether a user can mend an error: a UserError, or a file or its space that the system refuses."""
-    return isinstance(error, MENDABLE) or (isinstance(error, OSError) and error.filename is not None)
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
 
 
 @contextmanager

@@ -283,7 +283,7 @@ def test_what_scoring_lacks_is_said_before_sampling(tiny_config, weights, incept
     monkeypatch.setattr(utils, "ROOT", tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     reference = tmp_path / "reference.npz"
-    with pytest.raises(FileNotFoundError, match=r"no reference statistics at .*reference.npz"):
+    with pytest.raises(FileNotFoundError, match=r"no reference statistics .*reference.npz"):
         evaluation.evaluate(tiny_config, str(weights), tmp_path / "images", str(reference))
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(FileNotFoundError, match="no Inception weights"):
