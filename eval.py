@@ -31,10 +31,10 @@ from configs.common import check_fields
 from libs import UserError, launch
 from libs.checkpoint import ema_profile
 from libs.files import file_digest, replacing
+from libs.images import check_finite
 from libs.launch import raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference, Scores, score_sets
 from libs.model import Model, Sampler, config_json, image_size, network_settings
-from libs.pictures import check_finite
 from libs.report import NAMES, write_report
 from libs.sample_set import (
     LABELS_FILE,

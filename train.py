@@ -28,12 +28,12 @@ import eval as evaluation
 import sde
 import utils
 from configs.common import check_fields
-from libs import UserError, checkpoint, cost, launch, pictures, sharding
+from libs import UserError, checkpoint, cost, launch, sharding
 from libs.autoencoder import Autoencoder
 from libs.compilation import choose_compile, compile_network
 from libs.data import StepBatches, make_loader
 from libs.files import advise_on_write_error
-from libs.images import ImageDataset, uint8_to_float
+from libs.images import ImageDataset, save_grid, save_strip, uint8_to_float
 from libs.latents import LatentStore
 from libs.launch import REQUEUE_STATUS, StopRequest, raise_on_all_ranks
 from libs.logger import Logger, code_version, lock_workdir
@@ -144,7 +144,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
                     f"{state.saved_step}): lower config.optimizer.lr, set config.train.grad_clip, or use bf16, not fp16"
                 )
         if due(state.step, settings.eval_interval):
-            save_grid(workdir / "samples" / f"{state.step}.png", sample, ema, config, main)
+            draw_grid(workdir / "samples" / f"{state.step}.png", sample, ema, config, main)
             log.timer.reset()
         if due(state.step, settings.save_interval) or ending:
             state.save(workdir / "ckpts", identity, main, settings.keep_last, settings.keep_interval)
@@ -308,7 +308,7 @@ def network_inputs(
     return x0, torch.where(draws.uniform_drop < p_uncond, null_label, labels)
 
 
-def save_grid(path: Path, sample: Sampler, ema: nn.Module, config: ml_collections.ConfigDict, main: bool) -> None:
+def draw_grid(path: Path, sample: Sampler, ema: nn.Module, config: ml_collections.ConfigDict, main: bool) -> None:
     """Write a grid of samples, a class to a row, and the strip of all grids so far; on a full disk they are lost."""
     rows, columns = config.train.grid
     labels = [label for label in range(min(rows, max(config.dataset.n_classes, 1))) for _ in range(columns)]
@@ -316,8 +316,8 @@ def save_grid(path: Path, sample: Sampler, ema: nn.Module, config: ml_collection
         images = sample(range(len(labels)), labels)[0] if main else None
     try:
         if main:
-            pictures.save_grid(images, path, columns=columns)
-            pictures.save_strip(path, columns)
+            save_grid(images, path, columns=columns)
+            save_strip(path, columns)
     except OSError as error:
         logging.error("the grid of step %s is lost, training goes on: %s", path.stem, error)
 

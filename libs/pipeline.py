@@ -29,9 +29,8 @@ from libs import UserError
 from libs.autoencoder import Autoencoder
 from libs.checkpoint import PIPELINE_FILE, STATE_FILE
 from libs.dimr import DiMR, StageSpec
-from libs.images import float_to_uint8
+from libs.images import check_finite, finite, float_to_uint8
 from libs.model import class_label
-from libs.pictures import check_finite, finite
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, check_guidance, check_steps
 from sde import DiscreteSchedule, NoiseModel, get_schedule, guided_noise_model

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from libs.checkpoint import WEIGHTS_FILE
 from libs.files import file_digest, replacing
+from libs.images import save_grid
 from libs.logger import code_version
 from libs.metrics import NpzImages, Reference, Scores
-from libs.pictures import save_grid
 from libs.sample_set import SampleSet
 
 PUBLISHED_IMAGES = 50_000  # behind published scores

@@ -38,9 +38,9 @@ import utils
 from libs import UserError, launch
 from libs.checkpoint import checkpoint_folders
 from libs.files import check_writable, replacing
+from libs.images import check_finite, draw_sheet
 from libs.launch import errors_in_one_line
 from libs.model import Model, class_label
-from libs.pictures import check_finite, draw_sheet
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
 AXES = ("class", "sample", "guidance", "steps")

@@ -33,10 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs import UserError
 from libs.files import check_writable, replacing
-from libs.images import ImageTree, read_image
+from libs.images import ImageTree, read_image, save_grid
 from libs.launch import errors_in_one_line
 from libs.metrics import frechet_distance, gaussian_statistics
-from libs.pictures import save_grid
 from libs.sample_set import SampleSet
 
 matplotlib.use("Agg")

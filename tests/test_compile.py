@@ -142,18 +142,22 @@ def test_a_set_is_sampled_without_compiling_again(tiny_config, tmp_path, graphs,
 
 
 @pytest.mark.parametrize("final", [False, True])
-def test_weights_are_frozen_into_a_translation_when_final(monkeypatch, final):
-    """In training they must not be: they change."""
+def test_final_weights_are_compiled_in_and_kernels_do_not_depend_on_timings(monkeypatch, caplog, final):
+    """In training weights change, and the compiler may time kernels to choose among them."""
     nnet = build_network(narrow(MODELS[0])).eval()
-    seen = []
+    caplog.set_level("INFO")
+    frozen, options = [], []
 
-    def note(*inputs):
-        seen.append(torch._inductor.config.freezing)
+    def compiler(function, **kwargs):
+        options.append(kwargs["options"])
+        return lambda *inputs: frozen.append(torch._inductor.config.freezing)
 
-    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: note)
+    monkeypatch.setattr(torch, "compile", compiler)
     compile_network(nnet, "whole", final_weights=final)
     nnet(None, None, None)
-    assert seen == [final] and not torch._inductor.config.freezing
+    assert frozen == [final] and not torch._inductor.config.freezing
+    assert options == [{"deterministic": True} if final else None]
+    assert "the first call takes minutes" in caplog.text
 
 
 def gradients(prepare, recompute="off"):

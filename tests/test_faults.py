@@ -25,7 +25,7 @@ from PIL import Image
 from test_train import assert_same_checkpoint, losses, wait_for_step
 
 import train as training
-from libs import UserError, checkpoint, pictures, train_state
+from libs import UserError, checkpoint, images, train_state
 from libs.files import file_digest
 from libs.latents import LatentStore
 from libs.logger import Logger, drop_later_lines
@@ -286,9 +286,9 @@ def test_pictures_are_whole_or_not_there(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pictures, "save_image", half)
+    monkeypatch.setattr(images, "save_image", half)
     with pytest.raises(OSError, match="No space left"):
-        pictures.save_grid(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), tmp_path / "5.png", columns=2)
+        images.save_grid(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), tmp_path / "5.png", columns=2)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,9 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from PIL import Image
 from torch._dynamo.backends.debugging import aot_eager
 
 import train as training
+from libs import launch
 from libs.data import StepBatches
 from libs.model import build_network
 from libs.optim import EMA, make_adamw, split_decay, warmup_lr
@@ -278,3 +281,12 @@ print([faults() for _ in range(20)][-1])
 """
     kept, usual = (int(run("-c", code, how).stdout) for how in ("keep", "usual"))
     assert 4 * kept < usual
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("no", True), ("bf16", False)])
+def test_float32_on_a_gpu_is_warned_of(monkeypatch, caplog, precision, warned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **kwargs: SimpleNamespace(is_main_process=True))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    launch.make_accelerator()
+    assert ("float32 on a GPU takes about ten times as long as bf16" in caplog.text) == warned
