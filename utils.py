@@ -111,15 +111,13 @@ def check_training(config: ml_collections.ConfigDict) -> None:
 
 
 def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | None) -> LatentStore | ImageDataset:
-    """Open the training data and check it against the config and the autoencoder.
+    """Open the training data, latents or (without an autoencoder) pixels, and check it against the config.
 
     Raises:
         UserError, FileNotFoundError: no data there, or of another shape, class count or autoencoder.
     """
     (channels, height, width), n_classes, path = config.z_shape, config.dataset.n_classes, config.dataset.path
-    if config.dataset.kind == "latents":
-        if autoencoder is None:
-            raise UserError("config.dataset.kind latents needs config.autoencoder.pretrained_path; found none")
+    if autoencoder is not None:
         dataset = LatentStore.open(path)
         dataset.check_against(
             record_shape=(2 * channels, height, width),
@@ -127,10 +125,11 @@ def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | N
             autoencoder=autoencoder.identity,
         )
         return dataset
-    if config.dataset.kind != "images":
-        raise UserError(f"config.dataset.kind must be latents or images; found {config.dataset.kind!r}")
     if channels != 3:
-        raise UserError(f"pixel models need config.z_shape (3, height, width); found {tuple(config.z_shape)}")
+        raise UserError(
+            f"pixels need config.z_shape (3, height, width), found {tuple(config.z_shape)}; "
+            "latents need config.autoencoder.pretrained_path"
+        )
     dataset = ImageDataset(path, (height, width), flip=config.dataset.flip)
     if n_classes not in (0, dataset.n_classes):
         raise UserError(f"config.dataset.n_classes is {n_classes}, but {path} has {dataset.n_classes} folders")

@@ -65,8 +65,7 @@ def base():
     )
 
     config.dataset = d(
-        kind="latents",  # latents (store of scripts/extract_imagenet_feature.py) or images (class-per-folder tree)
-        path="assets/datasets/imagenet256_features",  # the store or the tree
+        path="assets/datasets/imagenet256_features",  # a store of latents; of pixels: class-per-folder tree
         n_classes=1000,  # classes, the null class not counted; 0: unconditional
         p_uncond=0.1,  # probability of replacing a label by the null label (classifier-free guidance)
         flip=True,  # images only: each image also mirrored (a store knows by itself)

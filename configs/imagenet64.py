@@ -7,7 +7,6 @@ def imagenet64():
     config = base()
     config.schedule = "vpsde"
     config.z_shape = (3, 64, 64)
-    config.dataset.kind = "images"
     config.dataset.path = "assets/datasets/ImageNet/train"
     config.autoencoder.pretrained_path = ""
     config.optimizer.lr = 3e-4
