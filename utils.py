@@ -156,7 +156,7 @@ def open_scoring(reference: str, required: bool, planned: PlannedImages) -> tupl
     except FileNotFoundError as error:
         if required:
             raise
-        logging.info("no scores: %s", error)
+        logging.info("no scores: %s: %s", error.strerror, error.filename)
         return None
     if not required and planned.count < fewest_images(opened):
         logging.warning("no scores: %s is %d, less than %d", planned.name, planned.count, fewest_images(opened))
