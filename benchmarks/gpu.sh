@@ -17,11 +17,12 @@ CONFIG=configs/DiMR-XL-2R_imagenet256.py
 BATCH=64              # images of a training step
 STEPS=60              # of the run in bf16
 SHALLOW="9 5"         # depths of the network of the fp16 run: less to compile
-FP16=fp16
+FP16=fp16 BF16=bf16   # precisions
 SAMPLES=50
 NFE=10
+WITH_TRITON=,blocks-bf16-triton
 if [ -n "${TINY:-}" ]; then
-    CONFIG=benchmarks/tiny.py BATCH=4 STEPS=4 SHALLOW="3 3" FP16=bf16 SAMPLES=2 NFE=3
+    CONFIG=benchmarks/tiny.py BATCH=4 STEPS=4 SHALLOW="3 3" FP16=no BF16=no SAMPLES=2 NFE=3 WITH_TRITON=
 fi
 WORK=${WORK:-$(df --output=avail,target /dev/shm 2>/dev/null | awk 'NR == 2 && $1 > 30000000 {print $2}')}
 WORK=$(mktemp -d "${WORK:-/tmp}/dimr-gpu-XXXX")
@@ -60,11 +61,11 @@ speed() {  # speed TASK SECONDS ARGUMENTS...
 }
 
 train_speed() {
-    speed train 330 --batch="$BATCH" --losses=1 --variants=blocks-bf16,released-bf16,blocks-bf16-triton
+    speed train 330 --batch="$BATCH" --losses=1 --variants="blocks-$BF16,released-$BF16$WITH_TRITON"
 }
 
 sample_speed() {
-    speed sample 240 --batch="$SAMPLES" --steps="$NFE" --losses=1 --variants=blocks-bf16,released-bf16,blocks-bf16-triton
+    speed sample 240 --batch="$SAMPLES" --steps="$NFE" --losses=1 --variants="blocks-$BF16,released-$BF16$WITH_TRITON"
 }
 
 kernels() {
@@ -72,16 +73,16 @@ kernels() {
 }
 
 peer() {  # DiT-XL/2, compiled
-    speed train 120 --batch="$BATCH" --losses=0 --variants=dit_compiled-bf16
+    speed train 120 --batch="$BATCH" --losses=0 --variants="dit_compiled-$BF16"
 }
 
 larger() {  # batches
-    speed train 120 --batch=$((BATCH * 3 / 2)) --losses=0 --variants=blocks-bf16
-    speed train 120 --batch=$((BATCH * 2)) --losses=0 --variants=blocks-bf16-selective
+    speed train 120 --batch=$((BATCH * 3 / 2)) --losses=0 --variants="blocks-$BF16"
+    speed train 120 --batch=$((BATCH * 2)) --losses=0 --variants="blocks-$BF16-selective"
 }
 
 whole() {  # the network in one graph: compiling takes more than four minutes
-    speed train 560 --batch="$BATCH" --losses=0 --variants=compiled-bf16
+    speed train 560 --batch="$BATCH" --losses=0 --variants="compiled-$BF16"
 }
 
 # --- Checks and runs: their time is the compiler's, so that they go side by side --------------------------------------
@@ -115,7 +116,7 @@ settings() {  # settings of a run in folder $1 of $2 images a step
 }
 
 run_xl() {  # as a user trains on one GPU
-    ACCELERATE_MIXED_PRECISION=bf16 stage run_bf16 300 $PYTHON train.py $(settings xl "$BATCH") --config.train.n_steps="$STEPS" \
+    ACCELERATE_MIXED_PRECISION=$BF16 stage run_bf16 300 $PYTHON train.py $(settings xl "$BATCH") --config.train.n_steps="$STEPS" \
         --config.train.eval_interval=100000 --config.train.save_interval=100000
     cat "$WORK/xl/metrics.jsonl" >> "$OUT/run_bf16.txt"
 }
