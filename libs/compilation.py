@@ -180,7 +180,7 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False, recompute
 def with_fixed_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """Have a compiled function lay its weights out once for its matmuls, and call its kernels from C++.
 
-    The digits on two CPU cores are sampled 1.8 times as fast (benchmarks/results/speed.md).
+    Compiled so, two CPU cores sample the digits 1.8 times as fast as the released recipe (benchmarks/results/speed.md).
     """
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -217,18 +217,6 @@ MATMULS = [  # most of a block's time and little of its memory: kept by selectiv
 ]
 
 
-def checkpointed_modules(nnet: DiMR, how: str) -> list[nn.Module]:
-    """Return the modules whose activations are recomputed: see `checkpoint_activations`."""
-    if how == "off":
-        return []
-    every, found = int(how) if how.isdigit() else 1, []
-    for stage in nnet.stages:
-        found += [stage.upsample] if hasattr(stage, "upsample") else []
-        found += stage.blocks[::every]
-        found += [skip for i, skip in enumerate(stage.skips, len(stage.skips) + 1) if i % every == 0]
-    return found
-
-
 def checkpoint_activations(nnet: DiMR, how: str) -> None:
     """Recompute activations of blocks in the backward pass in place of keeping them (Chen et al., arXiv 1604.06174).
 
@@ -238,6 +226,8 @@ def checkpoint_activations(nnet: DiMR, how: str) -> None:
         how: off; all; k (every k-th block, such as 2); or selective: all, but the results of matmuls, convolutions and
             attention are kept.
     """
+    if how == "off":
+        return
     contexts = functools.partial(create_selective_checkpoint_contexts, MATMULS)
     settings = {"context_fn": contexts} if how == "selective" else {}
 
@@ -246,5 +236,10 @@ def checkpoint_activations(nnet: DiMR, how: str) -> None:
             return forward(*args)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **settings)
 
-    for module in checkpointed_modules(nnet, how):
-        module.forward = functools.partial(checkpointed, module, module.forward)
+    every = int(how) if how.isdigit() else 1
+    for stage in nnet.stages:
+        modules = [stage.upsample] if hasattr(stage, "upsample") else []
+        modules += stage.blocks[::every]
+        modules += [skip for i, skip in enumerate(stage.skips, len(stage.skips) + 1) if i % every == 0]
+        for module in modules:
+            module.forward = functools.partial(checkpointed, module, module.forward)
