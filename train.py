@@ -190,6 +190,7 @@ def run_identity(
     """Collect what decides what a run computes, as nested JSON values, to be compared when it is resumed."""
     return {
         "config": config_json(config),
+        "code": code_version(),
         "mixed_precision": accelerator.mixed_precision,
         "data": {"n_records": len(dataset), "sha256": dataset.digest},
         "autoencoder": autoencoder.identity if autoencoder is not None else None,
@@ -224,8 +225,9 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
     """Load config.init.path, fitted to this network, unless `resuming`; freeze what config.init.freeze names."""
     if config.init.path and not resuming:
         file = checkpoint.find_weights(config.init.path)
-        if different := network_differences(config, file, but=("z_shape", "dataset.n_classes")):
-            logging.warning("%s was trained in another network: %s", file, "; ".join(different))
+        different = network_differences(config, file)
+        if lines := [line for name, line in different.items() if name not in ("z_shape", "dataset.n_classes")]:
+            logging.warning("%s was trained in another network: %s", file, "; ".join(lines))
         saved = checkpoint.saved_settings(file)
         stages = build_stages(config_from_json(saved["config"])) if saved else []
         grids = [(stage.max_height, stage.max_width) for stage in stages]

@@ -1,4 +1,4 @@
-"""Weights files: where they are, their formats, their tensors' names (this project's and the released ones), metadata.
+"""Weights files and checkpoint folders: where they are, formats, tensors' names (own and released), metadata.
 
 Nothing here unpickles freely: `.pth` files are read with weights_only=True.
 """
@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from libs import UserError
-from libs.files import hub_download, replacing
+from libs.files import file_digest, flush_to_disk, hub_download, json_digest, replacing
 
 RELEASED = "hf://QHL067/DiMR/DiMR-XL_2R_800epochs.pth"
 HUB = "hf://"
@@ -90,7 +91,7 @@ def fitting_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> 
         shown = "\n  ".join([*problems[:5], "..."][: len(problems)])
         raise UserError(
             f"{source} does not fit this model ({len(problems)} of {len(own)} tensors differ); was it trained with "
-            f"another config (--config, config.nnet, config.z_shape)?\n  {shown}"
+            f"another config (its nnet, z_shape)?\n  {shown}"
         )
     return {name: state[name] for name in own}
 
@@ -166,12 +167,6 @@ def find_weights(path: str | Path) -> Path:
     raise UserError(f"{path} is a folder without {EMA_FILE} or nnet_ema.pth (or {PIPELINE_FILE}): give a .ckpt folder")
 
 
-def checkpoint_folders(root: Path) -> list[Path]:
-    """List the checkpoint folders under `root`, newest step first."""
-    folders = [p for p in root.glob("*.ckpt") if p.is_dir() and p.stem.isdigit()]
-    return sorted(folders, key=lambda p: int(p.stem), reverse=True)
-
-
 def fetch_from_hub(address: str) -> Path:
     """Return the local path of hf://OWNER/REPOSITORY/FILE, from the hub's cache or else fetched into it.
 
@@ -181,6 +176,76 @@ def fetch_from_hub(address: str) -> Path:
     if not (owner and repository and file):
         raise UserError(f"expected hf://OWNER/REPOSITORY/FILE, such as {RELEASED}; found {address}")
     return hub_download(f"{owner}/{repository}", file)
+
+
+# --- Checkpoint folders -----------------------------------------------------------------------------------------------
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """List the checkpoint folders under `root`, newest step first."""
+    folders = [p for p in root.glob("*.ckpt") if p.is_dir() and p.stem.isdigit()]
+    return sorted(folders, key=lambda p: int(p.stem), reverse=True)
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    """Write a checkpoint folder so that it is either whole under its name or not there at all.
+
+    Args:
+        folder: written under a temporary name, flushed to disk and renamed to this.
+        tensors: {file name: named tensors}.
+        state: everything else, as JSON; the files' SHA-256, and its own, are added under "sha256".
+
+    Raises:
+        OSError, SafetensorError: it cannot be written, for example on a full disk.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, named in tensors.items():
+            save_file({k: v.detach().contiguous() for k, v in named.items()}, temporary / name)
+        digests = {name: file_digest(temporary / name) for name in tensors}
+        digests[STATE_FILE] = json_digest(state)
+        (temporary / STATE_FILE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
+        for path in [*temporary.iterdir(), temporary]:
+            flush_to_disk(path)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
+        temporary.rename(folder)
+        flush_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """Read (state, {file name: tensors}) of a checkpoint folder, its files checked against their SHA-256.
+
+    Raises:
+        UserError: a damaged checkpoint; the message names the file.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        expected = state.pop("sha256")
+        found = {name: json_digest(state) if name == STATE_FILE else file_digest(folder / name) for name in expected}
+        if altered := [name for name in expected if found[name] != expected[name]]:
+            raise ValueError(f"{altered[0]} is not what was written (checksum differs)")
+        return state, {name: load_file(folder / name) for name in expected if name != STATE_FILE}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint: {error}") from error
+
+
+def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints up to `step` and those at multiples of `keep_interval` steps.
+
+    Those of later steps are damaged ones that were passed over: they neither count nor are touched. What a process
+    killed in writing has left is removed too. What cannot be removed is logged, and tried again the next time.
+    """
+    whole = [folder for folder in checkpoint_folders(root) if int(folder.stem) <= step]
+    old = [f for f in whole[keep_last:] if not (keep_interval and int(f.stem) % keep_interval == 0)]
+    for folder in [*old, *root.glob(".*.ckpt.tmp")]:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            logging.warning("%s could not be removed, training goes on: %s", folder, error)
 
 
 # --- What is saved with weights ---------------------------------------------------------------------------------------
@@ -199,7 +264,7 @@ def read_metadata(weights: Path) -> dict[str, str]:
 
 
 def saved_settings(weights: Path) -> dict | None:
-    """Read what is saved with a weights file, in its metadata or the state.json beside it; None if nothing is.
+    """Read what is saved with a weights file: in its metadata, a state.json or its pipeline; None if nothing is.
 
     Returns:
         {"config": the config as JSON values, "step": the training step or None, "class_names": the names of the classes
@@ -210,10 +275,15 @@ def saved_settings(weights: Path) -> dict | None:
     """
     try:
         found, beside = read_metadata(weights), weights.with_name(STATE_FILE)
+        index = weights.parent.parent / "model_index.json"  # of a pipeline
         if CONFIG_KEY in found:
             found = {key: json.loads(found[key]) for key in (CONFIG_KEY, "step", "class_names") if key in found}
         elif beside.is_file():
             found = json.loads(beside.read_text())
+        elif weights.match(PIPELINE_FILE) and index.is_file():
+            found = json.loads(index.read_text())
+            names = found["id2label"] and list(found["id2label"].values())
+            found = {**found["trained"], "class_names": names}
         else:
             return None
         names = found.get("class_names")
@@ -285,7 +355,7 @@ def freeze(model: nn.Module, pattern: str) -> list[str]:
     names = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
     if not names:
         example = next(name for name, _ in model.named_parameters())
-        raise UserError(f"config.init.freeze: {pattern!r} matches no parameter (names look like {example})")
+        raise UserError(f"init.freeze: {pattern!r} matches no parameter (names look like {example})")
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return names

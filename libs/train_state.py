@@ -5,16 +5,13 @@ state: data order and noise follow from the seed and the step. Nothing in it dep
 whether they train by DDP or FSDP.
 """
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from absl import logging
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,15 +23,15 @@ from libs import UserError
 from libs.checkpoint import (
     EMA_FILE,
     OPTIMIZER_FILE,
-    STATE_FILE,
     WEIGHTS_FILE,
     checkpoint_folders,
     load_weights,
+    prune_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
 )
-from libs.files import file_digest, flush_to_disk, json_digest
-from libs.logger import code_version
+from libs.files import differences, flatten_dict
 from libs.optim import EMA, PowerEMA, clip_or_skip
-from libs.sample_set import flatten_dict
 from libs.sharding import split_like
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole on the main process, {} on the others
@@ -46,7 +43,7 @@ MUST_MATCH = re.compile(
 )
 # Settings that may differ between the processes of a run: where files lie, and who writes
 MAY_DIFFER = re.compile(
-    r"config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path|init\.path|fid_stat|sample\.autoguidance_\w+)"
+    r"code|config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path|init\.path|fid_stat|sample\.autoguidance_\w+)"
 )
 
 
@@ -121,7 +118,7 @@ class TrainState:
             return
         scaler = self.scaler.state_dict() if self.scaler is not None else None
         try:
-            save_checkpoint(folder, tensors, {"step": self.step, "scaler": scaler, "code": code_version(), **run})
+            save_checkpoint(folder, tensors, {"step": self.step, "scaler": scaler, **run})
         except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
             logging.error("checkpoint %s is lost, training goes on: %s", folder, error)
             return
@@ -185,15 +182,11 @@ def check_same_run(run: dict, saved: dict, folder: Path) -> None:
     Raises:
         UserError: they differ in what `MUST_MATCH`; all such settings are named, with both values.
     """
-    now, then = flatten_dict(run), flatten_dict({name: saved.get(name) for name in run})
-    changed = [name for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
-    lines = {name: f"{name}: {then.get(name)} there, {now.get(name)} now" for name in changed}
+    lines = differences(flatten_dict({name: saved.get(name) for name in run}), flatten_dict(run))
     if refused := [line for name, line in lines.items() if MUST_MATCH.fullmatch(name)]:
         raise UserError(f"{folder} is of another run ({'; '.join(refused)}): set another --workdir, or these as there")
     if lines:
         logging.warning("settings changed since %s: %s", folder, "; ".join(lines.values()))
-    if saved["code"] != code_version():
-        logging.warning("%s was written by code %s, this is %s", folder, saved["code"], code_version())
 
 
 def check_same_everywhere(run: dict) -> None:
@@ -209,67 +202,3 @@ def check_same_everywhere(run: dict) -> None:
         if names:
             found = "; ".join(f"{name}: {first.get(name)} on 0, {other.get(name)} on {process}" for name in names)
             raise UserError(f"processes 0 and {process} were started differently ({found}): give all the same command")
-
-
-# --- Checkpoint folders -----------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
-    """Write a checkpoint folder so that it is either whole under its name or not there at all.
-
-    Args:
-        folder: written under a temporary name, flushed to disk and renamed to this.
-        tensors: {file name: named tensors}.
-        state: everything else, as JSON; the files' SHA-256, and its own, are added under "sha256".
-
-    Raises:
-        OSError, SafetensorError: it cannot be written, for example on a full disk.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for name, named in tensors.items():
-            save_file({k: v.detach().contiguous() for k, v in named.items()}, temporary / name)
-        digests = {name: file_digest(temporary / name) for name in tensors}
-        digests[STATE_FILE] = json_digest(state)
-        (temporary / STATE_FILE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
-        for path in [*temporary.iterdir(), temporary]:
-            flush_to_disk(path)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
-        temporary.rename(folder)
-        flush_to_disk(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """Read (state, {file name: tensors}) of a checkpoint folder, its files checked against their SHA-256.
-
-    Raises:
-        UserError: a damaged checkpoint; the message names the file.
-    """
-    try:
-        state = json.loads((folder / STATE_FILE).read_text())
-        expected = state.pop("sha256")
-        found = {name: json_digest(state) if name == STATE_FILE else file_digest(folder / name) for name in expected}
-        if altered := [name for name in expected if found[name] != expected[name]]:
-            raise ValueError(f"{altered[0]} is not what was written (checksum differs)")
-        return state, {name: load_file(folder / name) for name in expected if name != STATE_FILE}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint: {error}") from error
-
-
-def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints up to `step` and those at multiples of `keep_interval` steps.
-
-    Those of later steps are damaged ones that were passed over: they neither count nor are touched. What a process
-    killed in writing has left is removed too. What cannot be removed is logged, and tried again the next time.
-    """
-    whole = [folder for folder in checkpoint_folders(root) if int(folder.stem) <= step]
-    old = [f for f in whole[keep_last:] if not (keep_interval and int(f.stem) % keep_interval == 0)]
-    for folder in [*old, *root.glob(".*.ckpt.tmp")]:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            logging.warning("%s could not be removed, training goes on: %s", folder, error)

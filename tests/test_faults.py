@@ -224,7 +224,7 @@ def test_a_disk_full_for_some_steps(tiny_config, tmp_path):
 
 def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch):
     """No file may grow past 1000 bytes while the second checkpoint is written: safetensors' own error, half a file."""
-    save_file, calls = train_state.save_file, []
+    save_file, calls = checkpoint.save_file, []
 
     def refused_once(tensors, path):
         calls.append(path)
@@ -236,7 +236,7 @@ def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(train_state, "save_file", refused_once)
+    monkeypatch.setattr(checkpoint, "save_file", refused_once)
     tiny_config.train.save_interval = 2
     training.train(tiny_config, tmp_path)
     assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["2.ckpt", "6.ckpt"]
@@ -305,7 +305,7 @@ def test_old_checkpoints_are_pruned(tiny_config, tmp_path):
 def test_pruning_never_trades_a_whole_checkpoint_for_a_damaged_one(tmp_path):
     for step in (80, 90, 100):
         (tmp_path / f"{step}.ckpt").mkdir()
-    train_state.prune_checkpoints(tmp_path, step=90, keep_last=1, keep_interval=0)  # 100 was passed over
+    checkpoint.prune_checkpoints(tmp_path, step=90, keep_last=1, keep_interval=0)  # 100 was passed over
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["100.ckpt", "90.ckpt"]
 
 
@@ -318,7 +318,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_kept(tiny_config, tmp_path, monk
             raise OSError(errno.EBUSY, "Device or resource busy", str(path))
         remove(path, ignore_errors, **kwargs)
 
-    monkeypatch.setattr(train_state.shutil, "rmtree", refused)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refused)
     tiny_config.train.update(n_steps=3, save_interval=1, keep_last=1)
     training.train(tiny_config, tmp_path)
     assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["1.ckpt", "3.ckpt"]
