@@ -29,9 +29,9 @@ from tqdm import tqdm
 import utils
 from configs.common import check_fields
 from libs import UserError, launch
-from libs.checkpoint import ema_profile
-from libs.files import differences, file_digest, replacing
-from libs.images import check_finite
+from libs.autoencoder import check_finite
+from libs.checkpoint import differences, ema_profile
+from libs.files import file_digest, replacing
 from libs.launch import raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference, Scores, score_sets
 from libs.model import Model, Sampler, config_json, image_size, network_settings

@@ -29,11 +29,11 @@ import sde
 import utils
 from configs.common import check_fields
 from libs import UserError, checkpoint, cost, launch, sharding
-from libs.autoencoder import Autoencoder
+from libs.autoencoder import Autoencoder, uint8_to_float
 from libs.compilation import choose_compile, compile_network
 from libs.data import StepBatches, make_loader
 from libs.files import advise_on_write_error
-from libs.images import ImageDataset, save_grid, save_strip, uint8_to_float
+from libs.images import ImageDataset, save_grid, save_strip
 from libs.latents import LatentStore
 from libs.launch import REQUEUE_STATUS, StopRequest, raise_on_all_ranks
 from libs.logger import Logger, code_version, lock_workdir

@@ -1,4 +1,4 @@
-"""The autoencoder between pixels and latents: diffusers' `AutoencoderKL`, from whatever form its weights come in.
+"""Pixels as uint8, as floats and as latents: diffusers' `AutoencoderKL`, from whatever form its weights come in.
 
 Axes: B batch, C latent channels, H W pixels, h w latent cells (h = H / downsample).
 
@@ -43,6 +43,30 @@ EXPECTED = (
     "expected autoencoder_kl.pth or autoencoder_kl_ema.pth of U-ViT's and DiMR's releases, a folder in diffusers' "
     "format, or a hub id such as stabilityai/sd-vae-ft-ema"
 )
+
+
+def uint8_to_float(pixels: Tensor) -> Tensor:
+    """Map uint8 pixels of any shape to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def float_to_uint8(images: Tensor) -> Tensor:
+    """Map floats in [-1, 1] of any shape to uint8, clamping those beyond."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def finite(images: Tensor) -> Tensor:
+    """Find which of float images (B, ...) have neither NaN nor infinity: (B,) bool."""
+    return images.isfinite().flatten(1).all(dim=1)
+
+
+def check_finite(finite: Tensor) -> None:
+    """Raise UserError unless all images were finite (B,), which uint8 does not show. Waits for the device."""
+    if bad := int((~finite).sum()):
+        raise UserError(
+            f"{bad} of {len(finite)} images came out with NaN or infinity: the weights are damaged or diverged, "
+            "or fp16 overflows (set --mixed_precision bf16 or no)"
+        )
 
 
 class Autoencoder:

@@ -248,7 +248,23 @@ def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int)
             logging.warning("%s could not be removed, training goes on: %s", folder, error)
 
 
-# --- What is saved with weights ---------------------------------------------------------------------------------------
+# --- Settings, and what is saved with weights -------------------------------------------------------------------------
+
+
+def flatten_dict(values: dict | list, prefix: str = "") -> dict:
+    """Flatten nested JSON values to {"a.b[0].c": value}."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    result = {}
+    for key, value in items:
+        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
+        result |= flatten_dict(value, name) if isinstance(value, (dict, list)) and value else {name: value}
+    return result
+
+
+def differences(found: dict, expected: dict) -> dict[str, str]:
+    """Describe the values that differ: {"scale": "scale: 1.4 there, 2.0 now"}."""
+    names = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    return {name: f"{name}: {found.get(name)} there, {expected.get(name)} now" for name in names}
 
 
 def settings_metadata(settings: dict) -> dict[str, str]:

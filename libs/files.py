@@ -1,4 +1,4 @@
-"""Files written whole or not at all, files from the Hugging Face hub, digests, JSON settings, the header of a .npy."""
+"""Files written whole or not at all, files from the Hugging Face hub, digests, the header of a .npy."""
 
 import hashlib
 import json
@@ -127,22 +127,6 @@ def file_digest(path: str | Path) -> str:
 def json_digest(value: dict) -> str:
     """SHA-256 of a JSON value, as hex: the same for any order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def flatten_dict(values: dict | list, prefix: str = "") -> dict:
-    """Flatten nested JSON values to {"a.b[0].c": value}."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    result = {}
-    for key, value in items:
-        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
-        result |= flatten_dict(value, name) if isinstance(value, (dict, list)) and value else {name: value}
-    return result
-
-
-def differences(found: dict, expected: dict) -> dict[str, str]:
-    """Describe the values that differ: {"scale": "scale: 1.4 there, 2.0 now"}."""
-    names = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
-    return {name: f"{name}: {found.get(name)} there, {expected.get(name)} now" for name in names}
 
 
 def read_npy_header(file: BinaryIO, name: str | Path) -> tuple[tuple[int, ...], np.dtype]:

@@ -23,12 +23,18 @@ from torchvision.models import ResNet50_Weights
 
 import sde
 from libs import UserError
-from libs.autoencoder import Autoencoder, load_autoencoder
-from libs.checkpoint import PIPELINE_FILE, find_weights, fitting_weights, read_state_dict, saved_settings
+from libs.autoencoder import Autoencoder, finite, float_to_uint8, load_autoencoder
+from libs.checkpoint import (
+    PIPELINE_FILE,
+    differences,
+    find_weights,
+    fitting_weights,
+    flatten_dict,
+    read_state_dict,
+    saved_settings,
+)
 from libs.compilation import choose_compile, compile_network, round_weights
 from libs.dimr import DiMR, StageSpec
-from libs.files import differences, flatten_dict
-from libs.images import finite, float_to_uint8
 from libs.randomness import SampleNoise, to_device
 from libs.solvers import SOLVERS, check_guidance, check_steps
 
@@ -266,7 +272,7 @@ class Model:
     ) -> Sampler:
         """Return sample(indices, labels), the one way from a network to images.
 
-        It gives uint8 images (B, 3, H, W) and which of them were finite (B,), for `libs.images.check_finite`; both
+        It gives uint8 images (B, 3, H, W) and which of them were finite (B,), for `libs.autoencoder.check_finite`; both
         are on the device, for which a call does not wait. The null label is no class.
 
         Args:

@@ -23,9 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from libs import UserError
-from libs.autoencoder import Autoencoder
+from libs.autoencoder import Autoencoder, check_finite, finite, float_to_uint8
 from libs.dimr import DiMR, StageSpec
-from libs.images import check_finite, finite, float_to_uint8
 from libs.model import class_label
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, check_guidance, check_steps

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from libs import UserError
+from libs.checkpoint import differences
 from libs.data import threads
-from libs.files import differences
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"

@@ -25,12 +25,13 @@ from libs.checkpoint import (
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
     checkpoint_folders,
+    differences,
+    flatten_dict,
     load_weights,
     prune_checkpoints,
     read_checkpoint,
     save_checkpoint,
 )
-from libs.files import differences, flatten_dict
 from libs.optim import EMA, PowerEMA, clip_or_skip
 from libs.sharding import split_like
 

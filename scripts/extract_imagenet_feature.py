@@ -31,8 +31,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
-from libs.autoencoder import load_autoencoder
-from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides, uint8_to_float
+from libs.autoencoder import load_autoencoder, uint8_to_float
+from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import errors_in_one_line, raise_on_all_ranks
 

@@ -11,7 +11,7 @@ from PIL import Image
 import eval as evaluation
 from img2npz import img2npz
 from libs import sample_set
-from libs.files import differences, flatten_dict
+from libs.checkpoint import differences, flatten_dict
 from libs.sample_set import SampleSet, SetWriter, batches_of, intersect, missing_files
 
 N, CLASSES, BATCH = 12, 3, 5
