@@ -5,8 +5,8 @@
 
 One process or many, GPU or CPU. Re-run the command to resume from the newest whole checkpoint, exactly. Writes into the
 work folder (workdir/NAME unless given): ckpts/<step>.ckpt, samples/<step>.png (a grid from the EMA weights) and
-samples/strip.png (how it came about), metrics.jsonl, and TensorBoard logs under tensorboard/. SIGTERM and SIGUSR1 save
-at the next step and end with status 75 and the file requeue in the work folder: re-run the command.
+samples/strip.png (how it came about), metrics.jsonl, and TensorBoard logs under tensorboard/. Ctrl+C, SIGTERM, SIGUSR1
+and SIGHUP save at the next step and end with status 75 and the file requeue in the work folder: re-run the command.
 """
 
 import contextlib
@@ -110,7 +110,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
     nnet = accelerator.prepare_model(state.nnet, device_placement=False, evaluation_mode=settings.sharded)
     nnet.train()
 
-    stopping = False
+    stopping = save_due = False
+    allowed = min(MAX_SKIPPED, settings.n_steps - state.step)  # or nothing would have been trained
     log.timer.reset()
     while state.step < settings.n_steps and not stopping:
         lr = warmup_lr(config.optimizer.lr, state.step, config.lr_scheduler.warmup_steps)
@@ -138,16 +139,20 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
         if due(state.step, settings.log_interval) or ending:
             in_row, in_all = state.skipped.tolist()
             log.write(state.step, {"lr": lr, "grad_norm": grad_norm.item(), "skipped_updates": in_all})
-            if in_row >= MAX_SKIPPED:
+            if in_row >= allowed and not stopping:
                 raise UserError(
-                    f"{int(in_row)} updates in a row up to step {state.step} were not finite (last checkpoint: step "
-                    f"{state.saved_step}): lower config.optimizer.lr, set config.train.grad_clip, or use bf16, not fp16"
+                    f"{int(in_row)} updates in a row up to step {state.step} were not finite (last checkpoint before: "
+                    f"step {state.saved_step}): lower config.optimizer.lr, set config.train.grad_clip, or use bf16 in "
+                    "place of fp16; if the loss had grown before (metrics.jsonl), move the newest checkpoints away"
                 )
         if due(state.step, settings.eval_interval):
             draw_grid(workdir / "samples" / f"{state.step}.png", sample, ema, config, main)
             log.timer.reset()
-        if due(state.step, settings.save_interval) or ending:
-            state.save(workdir / "ckpts", identity, main, settings.keep_last, settings.keep_interval)
+        save_due = save_due or due(state.step, settings.save_interval)
+        if ending or (save_due and not state.skipping()):
+            kept = settings.keep_last, settings.keep_interval
+            state.save(workdir / "ckpts", identity, main, *kept, healthy=not log.exploded)
+            save_due = False
             log.timer.reset()
         if scoring and due(state.step, settings.fid_interval):
             fid = fid_of_samples(model, workdir / "fid" / str(state.step), accelerator, scoring)

@@ -173,22 +173,26 @@ def raise_on_all_ranks(state: accelerate.Accelerator | accelerate.PartialState) 
 
 
 class StopRequest:
-    """Note SIGTERM and SIGUSR1 (Slurm's warning), which ask for a checkpoint and an end at the next step.
+    """Note what asks for a checkpoint and an end at the next step: SIGTERM, SIGUSR1 (Slurm's warning), Ctrl+C or a
+    closed terminal, unless ignored from the start (as by nohup). A second Ctrl+C ends the program at once.
 
     So does the end of the launcher (accelerate launch, torchrun), which a signal kills without passing it on. A context
     manager: the former signal handlers come back after it.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self):
         self.received = ""
         self.launcher = os.getppid() if started_by_launcher() else None
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._note) for number in heeded}
         self.group = None
 
     def _note(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
+        if number == signal.SIGINT and self.launcher is None:  # torchrun sends it again to those that had it already
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
         """Tell whether any process has been asked to stop. A collective call, once a step.

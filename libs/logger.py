@@ -11,8 +11,10 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import time
+from collections import deque
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from libs import UserError
 
+EXPLODED = 100  # a loss so many times the median of recent ones
 ROOT = Path(__file__).resolve().parents[1]
 
 # Dense bf16/fp16 peak in FLOP/s by words of the device's name, the first that fit (data sheets, without sparsity).
@@ -158,6 +161,8 @@ class Logger:
         self.batch_size, self.flops_per_image = batch_size, flops_per_image
         self.losses = LossMeter(n_resolutions, accelerator.device)
         self.timer = StepTimer(accelerator.device)
+        self.recent: deque[float] = deque(maxlen=100)  # losses of the last log lines, but exploded ones
+        self.exploded = False  # is the last loss 100 times as large as is usual of late, or not finite?
         self.progress = tqdm(total=n_steps, initial=step, unit="step", disable=not main, dynamic_ncols=True)
         if main:
             drop_later_lines(self.path, step)
@@ -165,6 +170,8 @@ class Logger:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log `metrics` with the mean losses, times and throughput since the last line. A collective call."""
         metrics = {**self.losses.read(self.accelerator), **metrics, **self.timer.read()}
+        self.exploded = not metrics["loss"] <= EXPLODED * statistics.median(self.recent or [math.inf])
+        self.recent += [] if self.exploded else [metrics["loss"]]
         seconds = metrics["seconds_per_step/all"]
         metrics |= throughput(seconds, self.batch_size, self.flops_per_image, self.accelerator)
         self.log(step, metrics)
@@ -180,7 +187,8 @@ class Logger:
             except OSError as error:
                 logging.error("%s is given up, training goes on: %s", tracker.name, error)
                 self.accelerator.trackers.remove(tracker)
-        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        line = (json.dumps({"step": step, **numbers}) + "\n").encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
                 end = file.tell()

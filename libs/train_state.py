@@ -90,9 +90,14 @@ class TrainState:
         else:
             self.optimizer.step()
         self.step += 1
+        skipped = (self.skipped[0] > 0).float()
         for ema in self.emas.values():
-            ema.update(self.step)
+            ema.update(self.step, skipped)
         return norm
+
+    def skipping(self) -> bool:
+        """Tell whether the last update was skipped. Waits for the device."""
+        return self.skipped[0].item() > 0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Gather the tensors of a checkpoint by file, whole on the main process. A collective call under FSDP.
@@ -105,8 +110,10 @@ class TrainState:
         result[OPTIMIZER_FILE] = {f"{key}/{name}": t for name, state in moments.items() for key, t in state.items()}
         return result
 
-    def save(self, root: Path, run: dict, main: bool, keep_last: int, keep_interval: int) -> None:
+    def save(self, root: Path, run: dict, main: bool, keep_last: int, keep_interval: int, healthy: bool = True) -> None:
         """Write <root>/<step>.ckpt on the main process, and prune older ones. All processes have to call it.
+
+        Nothing is pruned while updates are skipped or the run is not `healthy`: the good checkpoints are older ones.
 
         A checkpoint that cannot be written (a full disk) is lost; the run and the older checkpoints are not.
 
@@ -124,7 +131,8 @@ class TrainState:
             logging.error("checkpoint %s is lost, training goes on: %s", folder, error)
             return
         self.saved_step = self.step
-        prune_checkpoints(root, self.step, keep_last, keep_interval)
+        if healthy and not self.skipping():
+            prune_checkpoints(root, self.step, keep_last, keep_interval)
 
     def resume(self, root: Path, run: dict) -> None:
         """Load the newest whole checkpoint under `root`, if there is any; damaged ones are named and passed over.
