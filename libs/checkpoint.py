@@ -221,6 +221,7 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
 
     Raises:
         UserError: a damaged checkpoint; the message names the file.
+        OSError: the system does not give a file that is there, which says nothing about the checkpoint.
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text())
@@ -229,7 +230,7 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
         if altered := [name for name in expected if found[name] != expected[name]]:
             raise ValueError(f"{altered[0]} is not what was written (checksum differs)")
         return state, {name: load_file(folder / name) for name in expected if name != STATE_FILE}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: {error}") from error
 
 

@@ -141,15 +141,20 @@ class TrainState:
             run: see `check_same_run`.
 
         Raises:
-            UserError: it is of a run with other settings, none is whole, or processes found different ones.
+            UserError: it is of a run with other settings or of another program, the system does not let it be read,
+                none is whole, or processes found different ones.
         """
         folders = checkpoint_folders(root)
+        if others := [folder for folder in folders if (folder / "nnet.pth").exists()]:
+            raise UserError(f"{others[0]} is of another program: set another --workdir, and config.init.path to it")
         for folder in folders:
             try:
                 saved, tensors = read_checkpoint(folder)
             except UserError as error:
                 logging.warning("passed over: %s", error)
                 continue
+            except OSError as error:  # to train on from an older one would replace it
+                raise UserError(f"{folder} cannot be read now, and nothing was changed: {error}") from error
             check_same_run(run, saved, folder)
             load_weights(self.nnet, tensors[WEIGHTS_FILE], str(folder))
             for file, ema in self.emas.items():
@@ -162,7 +167,7 @@ class TrainState:
             break
         steps = gather_object([self.step])
         if folders and not self.step:
-            raise UserError(f"none of the {len(folders)} checkpoints in {root} is whole: remove them to start anew")
+            raise UserError(f"none of the {len(folders)} checkpoints in {root} is whole: set another --workdir")
         if len(set(steps)) > 1:
             raise UserError(f"processes found different checkpoints in {root}, steps {steps}: share one --workdir")
 

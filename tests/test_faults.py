@@ -463,8 +463,31 @@ def test_damaged_checkpoints_are_passed_over(tiny_config, workdir, caplog):
     read_checkpoint(state_file.parent)  # written again, whole
     for folder in (workdir / "ckpts").iterdir():
         (folder / "nnet.safetensors").unlink()
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .*ckpts is whole: remove them"):
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .*ckpts is whole: set another --workdir"):
         training.train(tiny_config, workdir)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_replaced(tiny_config, workdir, monkeypatch, number):
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+    def refused(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "file_digest", refused)
+    tiny_config.train.n_steps = 8
+    with pytest.raises(UserError, match=rf"6\.ckpt cannot be read now, .*{os.strerror(number)}"):
+        training.train(tiny_config, workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_checkpoints_of_another_program_are_not_touched(tiny_config, tmp_path):
+    theirs = tmp_path / "ckpts" / "50000.ckpt" / "nnet.pth"
+    theirs.parent.mkdir(parents=True)
+    torch.save({}, theirs)
+    with pytest.raises(UserError, match=r"50000\.ckpt is of another program: .* config.init.path to it"):
+        training.train(tiny_config, tmp_path)
+    assert list(tmp_path.rglob("*.*")) == [theirs.parent, theirs]
 
 
 def test_a_pickle_to_start_from_is_refused_in_one_line(tiny_config, tmp_path):
