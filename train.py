@@ -176,8 +176,6 @@ def check_settings(config: ml_collections.ConfigDict, accelerator: Accelerator) 
     """Check the settings of a run, and leave logging to the main process."""
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("--use_fsdp is accelerate's own FSDP: launch as for DDP, and set config.train.sharded=True")
     utils.check_training(config)
     utils.check_sampling(config)
     build_stages(config)
