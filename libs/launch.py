@@ -47,9 +47,7 @@ def check_environment() -> bool:
     for name, value in list(os.environ.items()):
         off = value.lower() in ("", "0", "no", "false")
         if name in OTHER_TRAINERS and not off:
-            raise UserError(
-                f"{name}={value} is not supported: launch as for DDP, and set config.train.sharded for FSDP"
-            )
+            raise UserError(f"{name}={value} is not supported: launch as for DDP; config.train.sharded is FSDP")
         if name.startswith("ACCELERATE_") and not (off or re.match(HEEDED, name)):
             logging.warning("%s=%s is ignored", name, value)
             del os.environ[name]
