@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from libs import UserError
-from libs.files import hub_download
+from libs.files import SAFETENSORS, file_kind, hub_download
 
 # Stable Diffusion's KL-f8 autoencoder. Single files carry no config, so they are read as this one.
 SD_CONFIG = {
@@ -176,6 +176,8 @@ def load_autoencoder(
     """
     path = Path(path)
     if path.is_file():
+        if (kind := file_kind(path)) not in (None, SAFETENSORS):
+            raise UserError(f"{path} is {kind}: {EXPECTED}")
         load = _load_file
     elif path.is_dir():
         load = _load_folder

@@ -3,6 +3,7 @@
 Nothing here unpickles freely: `.pth` files are read with weights_only=True.
 """
 
+import argparse
 import json
 import math
 import pickle
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from libs import UserError
-from libs.files import file_digest, flush_to_disk, hub_download, json_digest, replacing
+from libs.files import SAFETENSORS, file_digest, file_kind, flush_to_disk, hub_download, json_digest, replacing
 
 RELEASED = "hf://QHL067/DiMR/DiMR-XL_2R_800epochs.pth"
 HUB = "hf://"
@@ -56,6 +57,8 @@ RENAMES = [
     (r"\.time_bias$", ".nodecay_bias"),
 ]
 
+WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # in names, put there by PyTorch
+NESTED = ("ema", "model_ema", "ema_state_dict", "state_dict", "model")  # where training checkpoints keep weights
 
 # --- Tensors and their names ------------------------------------------------------------------------------------------
 
@@ -68,8 +71,17 @@ def released_name(name: str) -> str:
 
 
 def to_own_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a state dict from released names to this project's; own and unknown names are kept."""
+    """Rename a state dict from released names to this project's; own and unknown names are kept.
+
+    What wrappers put into names goes (module., _orig_mod. and the like), and so does a prefix of all names (net.).
+    """
     own_names = {released_name(name): name for name in model.state_dict()}
+    state = {re.sub(WRAPPERS, "", name): tensor for name, tensor in state.items()}
+    some = next(iter(own_names.items()))
+    prefixes = {name.removesuffix(known) for name in state for known in some if name.endswith(f".{known}")}
+    if len(prefixes) == 1 and all(name.startswith(prefix := min(prefixes)) for name in state):
+        logging.info("the weights' names without %s", prefix)
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return {own_names.get(name, name): tensor for name, tensor in state.items()}
 
 
@@ -80,18 +92,18 @@ def fitting_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> 
         UserError: tensors missing, left over or of another shape, the first few named; `source` says in which file.
     """
     state, own = to_own_names(state, model), model.state_dict()
-    problems = [f"{name}: missing in the file" for name in own if name not in state]
-    problems += [f"{name}: not in the model" for name in state if name not in own]
-    problems += [
+    missing = [f"{name}: missing in the file" for name in own if name not in state]
+    other = [
         f"{name}: expected shape {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
         for name in own
         if name in state and own[name].shape != state[name].shape
     ]
-    if problems:
-        shown = "\n  ".join([*problems[:5], "..."][: len(problems)])
+    left_over = [f"{name}: not in the model" for name in state if name not in own]
+    if problems := missing + other + left_over:
+        shown = "\n  ".join([*problems[:3], *left_over[:2], "..."][: len(problems)])
         raise UserError(
-            f"{source} does not fit this model ({len(problems)} of {len(own)} tensors differ); was it trained with "
-            f"another config (its nnet, z_shape)?\n  {shown}"
+            f"{source} does not fit this model (of {len(own)} tensors {len(missing)} are missing and {len(other)} of "
+            f"another shape; {len(left_over)} are left over); was it trained with another config?\n  {shown}"
         )
     return {name: state[name] for name in own}
 
@@ -107,19 +119,31 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a `.safetensors`, `.pth` or `.pt` file, on the CPU.
+    """Read the tensors of a safetensors file or a PyTorch pickle (.pth, .pt), on the CPU.
+
+    Of a training checkpoint that nests them, the EMA weights are taken.
 
     Raises:
         UserError: no such file, a damaged one, or a pickle with anything but tensors in it (refused, not run).
+        OSError: it is there and cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a file, a <step>.ckpt folder, or released weights, {RELEASED}")
-    problem = None
+    kind = file_kind(path) or (SAFETENSORS if path.suffix == ".safetensors" else None)
+    problem = f"is {kind}, no weights" if kind else None
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            problem = "holds something else: expected a plain state dict of tensors"
+        if kind == SAFETENSORS:
+            state, problem = load_file(path), None
+        elif kind is None:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of a run, in DiT's checkpoints
+                state = torch.load(path, "cpu", weights_only=True)
+            while isinstance(state, dict) and (inner := next((key for key in NESTED if key in state), None)):
+                logging.info("%s: taking the weights under %r", path, inner)
+                state = state[inner]
+            if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+                found = f"the keys {list(state)[:5]}" if isinstance(state, dict) else type(state).__name__
+                problem = f"holds something else ({found}): expected a plain state dict of tensors"
     except SafetensorError as error:
         problem = f"is not a whole safetensors file ({error})"
     except pickle.UnpicklingError:

@@ -16,6 +16,8 @@ import numpy as np
 
 from libs import UserError
 
+SAFETENSORS = "a safetensors file"
+
 
 class WriteError(UserError, OSError):
     """A file or folder that cannot be written; the message names it, the reason and the setting to change."""
@@ -113,6 +115,20 @@ def hub_download(repository: str, file: str, whole_repository: bool = False) -> 
         ) from error
     finally:
         huggingface_hub.logging.set_verbosity(verbosity)
+
+
+def file_kind(path: str | Path) -> str | None:
+    """Tell by its first bytes what a file is that its name does not say; None for none of these."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page (of a download that failed?)"
+    if text.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs (run git lfs pull)"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return SAFETENSORS
+    return "a JSON file" if text.startswith((b"{", b"[")) else None
 
 
 def file_digest(path: str | Path) -> str:
