@@ -6,6 +6,7 @@ Nothing here unpickles freely: `.pth` files are read with weights_only=True.
 import argparse
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -22,7 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from libs import UserError
-from libs.files import SAFETENSORS, file_digest, file_kind, flush_to_disk, hub_download, json_digest, replacing
+from libs.files import (
+    SAFETENSORS,
+    file_digest,
+    file_kind,
+    flush_to_disk,
+    hub_download,
+    json_digest,
+    replacing,
+    replacing_folder,
+)
 
 RELEASED = "hf://QHL067/DiMR/DiMR-XL_2R_800epochs.pth"
 HUB = "hf://"
@@ -155,12 +165,24 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file and wait until it is on the disk; its mode is that of the umask.
+
+    safetensors itself (0.8) puts another file of mode 0600 in its place.
+    """
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    os.chmod(path, mode)
+    flush_to_disk(path)
+
+
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], setting: str = "--out") -> None:
     """Write a .safetensors file whole or not at all. Errors name `setting`, which chooses another place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(path, f"set {setting}") as file:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.name, metadata)
+            save_tensors(tensors, file.name, metadata)
     except SafetensorError as error:  # how safetensors says that the disk is full
         raise UserError(f"Cannot write {path}: {error}. Free space there, or set {setting}") from error
 
@@ -222,22 +244,16 @@ def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: 
     Raises:
         OSError, SafetensorError: it cannot be written, for example on a full disk.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as temporary:
         for name, named in tensors.items():
-            save_file({k: v.detach().contiguous() for k, v in named.items()}, temporary / name)
+            save_tensors(named, temporary / name)
         digests = {name: file_digest(temporary / name) for name in tensors}
         digests[STATE_FILE] = json_digest(state)
         (temporary / STATE_FILE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
-        for path in [*temporary.iterdir(), temporary]:
-            flush_to_disk(path)
+        flush_to_disk(temporary / STATE_FILE)
+        flush_to_disk(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
-        temporary.rename(folder)
-        flush_to_disk(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    flush_to_disk(folder.parent)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:

@@ -45,11 +45,18 @@ def replacing(path: str | Path, advice: str = "set --out") -> Iterator[BinaryIO]
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a path for a new folder, which is renamed to `path` at the end of the block and removed on any error."""
+    """Yield a new folder, which is renamed to `path` at the end of the block and removed on any error.
+
+    Its files get the mode that the umask asks for, which safetensors passes over.
+    """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(temporary.stat().st_mode & 0o666)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

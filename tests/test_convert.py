@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import utils
 from libs import UserError, checkpoint
-from libs.checkpoint import find_weights, read_state_dict, released_name
+from libs.checkpoint import find_weights, read_state_dict, released_name, save_checkpoint
 from libs.files import file_digest
 from libs.model import build_network, build_network_on_meta, config_from_json, config_json, read_network
 from scripts import convert_checkpoint as converting
@@ -150,6 +151,20 @@ def test_weights_of_another_program_are_counted_and_named(state, config_file, tm
     torch.save({**state, **more}, tmp_path / "more.pth")
     with pytest.raises(UserError, match=rf"of {len(state)} tensors 0 are missing and 0 .*; 500 are left over"):
         read_network(tmp_path / "more.pth", utils.load_config(config_file))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_asks_for(state, config_file, tmp_path, umask, mode):
+    torch.save(state, tmp_path / "released.pth")
+    former = os.umask(umask)
+    try:
+        for out in ("a.safetensors", "pipeline"):
+            converting.convert(str(tmp_path / "released.pth"), tmp_path / out, str(config_file))
+        save_checkpoint(tmp_path / "1.ckpt", {"nnet.safetensors": state}, {"step": 1})
+    finally:
+        os.umask(former)
+    files = [file for file in tmp_path.rglob("*.safetensors") if file.parts[-2] != "autoencoder"]
+    assert len(files) == 4 and {file.stat().st_mode & 0o777 for file in files} == {mode}
 
 
 def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):

@@ -259,13 +259,13 @@ def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch)
     """No file may grow past 1000 bytes while the second checkpoint is written: safetensors' own error, half a file."""
     save_file, calls = checkpoint.save_file, []
 
-    def refused_once(tensors, path):
+    def refused_once(tensors, path, metadata):
         calls.append(path)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if len(calls) == 5:  # in the middle of the second checkpoint
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
-            save_file(tensors, path)
+            save_file(tensors, path, metadata)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

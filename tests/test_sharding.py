@@ -206,11 +206,11 @@ def test_losses_are_ddps_on_gpus_in_bf16(config, tmp_path):
 def full_disk():
     save_file, calls = checkpoint.save_file, []
 
-    def full_at_first(tensors, path):
+    def full_at_first(tensors, path, metadata):
         calls.append(path)
         if len(calls) == 2:
             raise OSError(28, "No space left on device", str(path))
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     checkpoint.save_file = full_at_first
     launch.define_config_flag("")
