@@ -208,12 +208,12 @@ def sample_and_score(
 def report(folder: Path, scores: Scores, reference: Reference, sampling: dict, device: str) -> None:
     """Write the report of a scored set into `<folder>_report` and log the scores."""
     images, out = SampleSet(folder), folder.with_name(f"{folder.resolve().name}_report")
-    found = write_report(out, scores, images, reference, sampling, device)
     for name, title in NAMES.items():
         logging.info("%s: %s", title, scores.reasons.get(name) or f"{scores.values[name]:.4f}")
-    for warning in found["warnings"]:
-        logging.warning("%s", warning)
-    logging.info("report in %s", out)
+    with launch.after_work("no report"):
+        for warning in write_report(out, scores, images, reference, sampling, device)["warnings"]:
+            logging.warning("%s", warning)
+        logging.info("report in %s", out)
 
 
 def checkpoint_step(weights: Path) -> int | None:
@@ -276,8 +276,9 @@ def main(argv: list[str]) -> None:
         config.sample.scale_pow = values.cfg_scale_pow
     folder = Path(values.IMGsave_path)
     evaluate(config, values.nnet_path, folder, values.metrics, launch.config_name(), values.indices)
-    if os.environ.get("RANK", "0") == "0" and folder.resolve() != Path.cwd():
-        shutil.copyfile(folder / LABELS_FILE, LABELS_FILE)
+    with launch.after_work(f"the labels are in {folder} alone"):
+        if os.environ.get("RANK", "0") == "0" and folder.resolve() != Path.cwd():
+            shutil.copyfile(folder / LABELS_FILE, LABELS_FILE)
 
 
 if __name__ == "__main__":

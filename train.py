@@ -258,10 +258,14 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: Path, accelerato
             lock = lock_workdir(workdir)
             (workdir / REQUEUE_FILE).unlink(missing_ok=True)
             (workdir / "config.json").write_text(json.dumps(values, indent=1))
-    accelerator.init_trackers(
-        os.environ.get("WANDB_PROJECT", "dimr") if config.wandb.mode != "disabled" else "tensorboard",
-        init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": values}},
-    )
+    with raise_on_all_ranks(accelerator):
+        try:
+            accelerator.init_trackers(
+                os.environ.get("WANDB_PROJECT", "dimr") if config.wandb.mode != "disabled" else "tensorboard",
+                init_kwargs={"wandb": {"mode": config.wandb.mode, "dir": str(workdir), "config": values}},
+            )
+        except Exception as error:  # of many types
+            raise UserError(f"a logger cannot start ({error}): set config.wandb.mode offline or disabled") from error
     return lock
 
 
@@ -360,7 +364,8 @@ def end_run(workdir: Path, state: TrainState, stopped: bool, main: bool, lock: I
     status = REQUEUE_STATUS if stopped else 0
     if main:
         if stopped:
-            (workdir / REQUEUE_FILE).write_text(f"{state.step}\n")
+            with launch.after_work("no file asks for a requeue"):
+                (workdir / REQUEUE_FILE).write_text(f"{state.step}\n")
         logging.info("%s at step %d; weights in %s", "stopped" if stopped else "trained", state.step, workdir / "ckpts")
         if state.saved_step != state.step:
             logging.error("the last checkpoint was lost: re-run the command to resume from step %d", state.saved_step)

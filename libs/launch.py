@@ -93,7 +93,8 @@ def finish(accelerator: accelerate.Accelerator) -> None:
     """
     gc.collect()
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with after_work("a logger could not be closed"):
+        accelerator.end_training()
 
 
 def run(main: Callable[[list[str]], None], check: Callable[[ml_collections.ConfigDict, str], None]) -> None:
@@ -175,6 +176,15 @@ def errors_in_one_line() -> Iterator[None]:
         if not is_for_users(error):
             raise
         sys.exit(f"error: {error}")
+
+
+@contextmanager
+def after_work(problem: str) -> Iterator[None]:
+    """Log an error of the block as a warning: it comes after all work is done, which it must not spoil."""
+    try:
+        yield
+    except Exception as error:
+        logging.warning("%s: %s", problem, error)
 
 
 @contextmanager

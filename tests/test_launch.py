@@ -1,10 +1,14 @@
 """What the environment of a process may hold, and what is made of it."""
 
 import os
+import shutil
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 from test_train import losses
 
+import eval as evaluation
 import train as training
 from libs import UserError, launch
 
@@ -44,3 +48,40 @@ def test_a_leftover_world_size_is_named(monkeypatch, make):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(UserError, match="WORLD_SIZE is set without MASTER_ADDR: unset it"):
         make()
+
+
+# --- Before and after the work ----------------------------------------------------------------------------------------
+
+
+def fails(*args, **kwargs):
+    raise RuntimeError("no connection")
+
+
+def test_what_comes_after_training_does_not_fail_it(tiny_config, tmp_path, monkeypatch, caplog):
+    def asked(self):
+        (tmp_path / "requeue").mkdir(exist_ok=True)  # so that the file cannot be written
+        return True
+
+    monkeypatch.setattr(accelerate.Accelerator, "end_training", fails)
+    monkeypatch.setattr(training.StopRequest, "agreed", asked)
+    assert training.train(tiny_config, tmp_path) == launch.REQUEUE_STATUS
+    assert (tmp_path / "ckpts" / "1.ckpt").is_dir()
+    assert "a logger could not be closed: no connection" in caplog.text
+    assert "no file asks for a requeue" in caplog.text
+
+
+def test_labels_that_cannot_be_copied_do_not_fail_an_evaluation(tiny_config, tmp_path, monkeypatch, caplog):
+    names = ("cfg", "cfg_scale_pow", "metrics", "indices", "nnet_path")
+    values = SimpleNamespace(config=tiny_config, IMGsave_path=str(tmp_path), **dict.fromkeys(names))
+    monkeypatch.setattr(evaluation.flags, "FLAGS", values)
+    monkeypatch.setattr(launch, "config_name", lambda: "tiny")
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: None)
+    monkeypatch.setattr(shutil, "copyfile", fails)
+    evaluation.main([])
+    assert f"the labels are in {tmp_path} alone: no connection" in caplog.text
+
+
+def test_a_logger_that_cannot_start_is_named_before_training(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerate.Accelerator, "init_trackers", fails)
+    with pytest.raises(UserError, match="a logger cannot start .no connection.: set config.wandb.mode offline"):
+        training.train(tiny_config, tmp_path)
