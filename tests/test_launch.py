@@ -83,5 +83,5 @@ def test_labels_that_cannot_be_copied_do_not_fail_an_evaluation(tiny_config, tmp
 
 def test_a_logger_that_cannot_start_is_named_before_training(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "init_trackers", fails)
-    with pytest.raises(UserError, match="a logger cannot start .no connection.: set config.wandb.mode offline"):
+    with pytest.raises(UserError, match=r"a logger cannot start .no connection.: set config.wandb.mode offline"):
         training.train(tiny_config, tmp_path)
