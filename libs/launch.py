@@ -51,7 +51,14 @@ def check_environment() -> bool:
         if name.startswith("ACCELERATE_") and not (off or re.match(HEEDED, name)):
             logging.warning("%s=%s is ignored", name, value)
             del os.environ[name]
+    if torch.backends.mps.is_available():
+        logging.warning("Apple's GPU (MPS) is not used: noise schedules are float64, which it lacks")
     return not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def cpu_count() -> int:
+    """Count the CPUs that this process may use; macOS says only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_state(timeout: timedelta) -> accelerate.PartialState:

@@ -10,7 +10,6 @@ grow with the number of images.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from libs import UserError
 from libs.files import check_writable, replacing
 from libs.images import ImageBatches, ImageTree, batch_ranges, image_size
 from libs.inception import find_inception, load_adm_inception
-from libs.launch import errors_in_one_line
+from libs.launch import cpu_count, errors_in_one_line
 from libs.metrics import GaussianStatistics, NpzImages
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -82,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--resolution", type=image_size, help="crop in pixels, a side or HEIGHTxWIDTH; a folder needs it, an .npz not"
     )
     parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="image-reading processes")
+    parser.add_argument("--workers", type=int, default=cpu_count(), help="image-reading processes")
     args = parser.parse_args(argv)
     with errors_in_one_line():
         compute(args)

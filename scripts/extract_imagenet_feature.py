@@ -34,7 +34,7 @@ from libs import UserError
 from libs.autoencoder import load_autoencoder, uint8_to_float
 from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
-from libs.launch import errors_in_one_line, make_state, raise_on_all_ranks
+from libs.launch import cpu_count, errors_in_one_line, make_state, raise_on_all_ranks
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w)
 AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
     args = parser.parse_args(argv)
     if args.workers is None:
-        args.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        args.workers = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if min(args.batch_size, args.shard_size) < 1 or args.workers < 0:
         parser.error("--batch_size and --shard_size must be at least 1, --workers at least 0")
     return args

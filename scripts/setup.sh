@@ -26,7 +26,14 @@ setup_environment() {  # arguments: requirement files
         wanted=$(cksum < "$file")
         if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
             echo "Installing $file (the first time: about 5 GB, a minute or more)"
-            python -m pip install --quiet --disable-pip-version-check -r "$file" || return 1
+            if python -m pip --version > /dev/null 2>&1; then
+                python -m pip install --quiet --disable-pip-version-check -r "$file" || return 1
+            elif command -v uv > /dev/null; then  # makes environments without pip
+                uv pip install --quiet -r "$file" || return 1
+            else
+                echo "error: the active environment $prefix has no pip: python -m ensurepip, or deactivate it" >&2
+                return 1
+            fi
             echo "$wanted" > "$stamp"
         fi
     done

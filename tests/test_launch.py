@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import accelerate
 import pytest
+import torch
+from conftest import ROOT, run
 from test_train import losses
 
 import eval as evaluation
@@ -85,3 +88,33 @@ def test_a_logger_that_cannot_start_is_named_before_training(tiny_config, tmp_pa
     monkeypatch.setattr(accelerate.Accelerator, "init_trackers", fails)
     with pytest.raises(UserError, match=r"a logger cannot start .no connection.: set config.wandb.mode offline"):
         training.train(tiny_config, tmp_path)
+
+
+# --- Other systems ----------------------------------------------------------------------------------------------------
+
+
+def test_windows_is_refused_in_one_line():
+    done = run("-c", "import sys; sys.platform = 'win32'; import libs")
+    assert (done.returncode, done.stderr) == (1, "error: these programs need Linux or macOS; on Windows use WSL\n")
+
+
+def test_macos_counts_its_cpus_and_is_told_of_its_gpu(monkeypatch, caplog):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert launch.cpu_count() == os.cpu_count()
+    launch.check_environment()
+    assert "Apple's GPU (MPS) is not used: noise schedules are float64" in caplog.text
+
+
+@pytest.mark.parametrize(("uv", "said"), [(True, "uv pip install --quiet -r wanted.txt"), (False, "has no pip")])
+def test_set_up_in_an_environment_without_pip(tmp_path, uv, said):
+    """As uv makes them. A stand-in for Python without pip."""
+    (tmp_path / "wanted.txt").write_text("numpy\n")
+    programs = {"python": f'[ "$1" = -c ] && echo {tmp_path}'} | ({"uv": 'echo uv "$@"'} if uv else {})
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = f"source {ROOT / 'scripts/setup.sh'}; setup_environment wanted.txt"
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if uv else 1) and said in done.stdout + done.stderr
