@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, overrides, run
 from test_train import losses
 
 import eval as evaluation
@@ -88,6 +88,15 @@ def test_a_logger_that_cannot_start_is_named_before_training(tiny_config, tmp_pa
     monkeypatch.setattr(accelerate.Accelerator, "init_trackers", fails)
     with pytest.raises(UserError, match=r"a logger cannot start .no connection.: set config.wandb.mode offline"):
         training.train(tiny_config, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_the_compiler_lacks_is_said_in_one_line(tiny_config, tmp_path):
+    flags = [*overrides(tiny_config), f"--workdir={tmp_path / 'run'}", "--config.train.compile=blocks"]
+    env = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run("train.py", *flags, env=env)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: torch.compile failed (InvalidCxxCompiler: No working C++ compiler found" in done.stderr
 
 
 # --- Other systems ----------------------------------------------------------------------------------------------------
