@@ -6,9 +6,10 @@ Axes: B batch, H W pixels.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from torchvision.utils import save_image
 from libs import UserError
 from libs.files import replacing
 
-T = TypeVar("T")
 SMALLEST = 96  # pixels of a picture's side in a sheet: smaller ones are enlarged by a whole factor
 
 Size = int | tuple[int, int]  # side of a square, or (height, width), in pixels
@@ -96,7 +96,7 @@ def read_image(path: str | Path, size: Size) -> np.ndarray:
     try:
         with Image.open(path) as image:
             pixels = center_crop(to_rgb(image), size)
-    except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
+    except Exception as error:  # Pillow's errors are of many types (OSError, SyntaxError, struct.error, ...)
         raise UnreadableImage(f"{path}: {error or type(error).__name__}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -105,8 +105,8 @@ class ImageTree:
     """The pictures under a folder: one class per sub-folder, or a flat folder as one class.
 
     Classes are the sub-folders in sorted order (label = position), pictures in sorted order within a class; names
-    starting with a dot and files that are no pictures are passed over. Paths are kept as one block of bytes, so a tree
-    of millions of pictures goes to worker processes cheaply.
+    starting with a dot and files that are no pictures are skipped. Paths are kept as one block of bytes, so that a tree
+    of millions of pictures is cheap to send to worker processes.
 
     Attributes:
         class_names: list of str; of a flat folder, ["images"].
@@ -115,10 +115,8 @@ class ImageTree:
     """
 
     def __init__(self, root: str | Path):
-        """Raises UserError if there is no folder, no picture, a class without pictures, or pictures beside classes."""
+        """Raises FileNotFoundError; UserError for no picture, a class without pictures, or pictures beside classes."""
         self.root = str(root)
-        if not os.path.isdir(root):
-            raise UserError(f"No folder of images at {root}: set the images path to one folder per class")
         entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
         folders = [name for name in entries if os.path.isdir(os.path.join(root, name))]
         flat = [name for name in entries if _is_image(name) and name not in set(folders)]
@@ -152,8 +150,8 @@ class ImageTree:
 class ImageBatches:
     """Batches of a tree's pictures, for a loader whose workers read whole batches (`batch_size=None`).
 
-    Item j is a pair: the pictures ranges[j] = (first, one past the last) that could be read, uint8
-    (B, 3, height, width), and [(index, reason)] of those that could not.
+    Item j is the pictures ranges[j] = (first, one past the last) that could be read, uint8 (B, 3, height, width), and
+    [(index, reason)] of those that could not.
     """
 
     def __init__(self, tree: ImageTree, ranges: list[tuple[int, int]], resolution: Size):
@@ -248,38 +246,20 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
         save_image(images.float() / 255, file, format="png", nrow=columns, padding=2)
 
 
-def read_png(path: Path) -> Tensor:
-    """Read a picture file as uint8 (3, H, W)."""
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB"))
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of a picture file, of which only the head is read."""
-    with Image.open(path) as image:
-        return image.size
-
-
 def save_strip(newest: Path, columns: int, most: int = 20) -> None:
-    """Write strip.png beside a grid <step>.png: a column per grid there, its first sample of each class, by step.
+    """Write strip.png beside a grid <step>.png: of at most `most` grids, by step, the first sample of each class.
 
     Damaged grids are left out, and those of another size than the newest: they hold other classes or samples.
     """
-    folder, size = newest.parent, picture_size(newest)
-    grids = [p for p in folder.glob("*.png") if p.stem.isdigit() and _unless_damaged(picture_size, p) == size]
-    grids.sort(key=lambda p: int(p.stem))
-    chosen = [grids[i] for i in sorted({round(k * (len(grids) - 1) / (most - 1)) for k in range(most)})]
-    read = [_unless_damaged(read_png, path) for path in chosen]
-    strips = [grid[:, :, : (grid.shape[2] - 2) // columns] for grid in read if grid is not None]
-    with replacing(folder / "strip.png") as file:
+    with Image.open(newest) as grid:
+        size, strips = grid.size, []
+    grids = sorted((p for p in newest.parent.glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
+    for path in dict.fromkeys(grids[round(k * (len(grids) - 1) / (most - 1))] for k in range(most)):
+        with suppress(Exception), Image.open(path) as grid:  # Pillow's errors are of many types
+            if grid.size == size:
+                strips.append(pil_to_tensor(grid.convert("RGB"))[:, :, : (grid.width - 2) // columns])
+    with replacing(newest.with_name("strip.png")) as file:
         save_image(torch.cat(strips, dim=2).float() / 255, file, format="png")
-
-
-def _unless_damaged(read: Callable[[Path], T], path: Path) -> T | None:
-    try:
-        return read(path)
-    except Exception:  # Pillow's decoders raise many kinds
-        return None
 
 
 def draw_sheet(cells: list[list[np.ndarray | None]], rows: list[str], columns: list[str]) -> Image.Image:
@@ -288,7 +268,7 @@ def draw_sheet(cells: list[list[np.ndarray | None]], rows: list[str], columns: l
     scale = max(1, -(-SMALLEST // min(height, width)))
     height, width, gap = int(height * scale), int(width * scale), 4
     font = ImageFont.load_default(13)
-    titles = ["\n".join(wrap(title, width, font)) for title in columns]
+    titles = [textwrap.fill(title, width // 7, break_long_words=False) for title in columns]  # 7 pixels a letter
     left = 12 + int(max(font.getlength(title) for title in rows)) if any(rows) else gap
     top = 8 + 17 * max(title.count("\n") + 1 for title in titles)
     sheet = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
@@ -303,15 +283,3 @@ def draw_sheet(cells: list[list[np.ndarray | None]], rows: list[str], columns: l
                 picture = Image.fromarray(cell).resize((width, height), Image.Resampling.NEAREST)
                 sheet.paste(picture, (left + c * (width + gap), y))
     return sheet
-
-
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Break a text into lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines

@@ -154,7 +154,7 @@ def test_every_image_unreadable(images, tmp_path, autoencoder):
 
 
 def test_bad_input_ends_with_one_line(images, tmp_path, autoencoder):
-    with pytest.raises(SystemExit, match=r"No folder of images at .*absent"):
+    with pytest.raises(SystemExit, match=r"No such file or directory: .*absent"):
         run(tmp_path / "absent", tmp_path / "out", autoencoder)
     with pytest.raises(SystemExit, match=r"No autoencoder at .*absent\.pth"):
         run(images, tmp_path / "out", tmp_path / "absent.pth")

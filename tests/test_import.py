@@ -331,7 +331,7 @@ def test_inspect_refuses_another_autoencoder(tmp_path, autoencoder):
     vae.save_pretrained(tmp_path / "other")
     for png, message in (
         ("x.png", "autoencoder of the store is"),
-        ("x.foo", "--png must end in .png; found "),
+        ("x.foo", "--png must be a .png file; found "),
         ("out/index.json/x.png", "Cannot write .*, or set --png"),
     ):
         with pytest.raises(SystemExit, match=message):

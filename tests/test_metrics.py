@@ -332,7 +332,7 @@ def test_what_the_command_cannot_score(tmp_path):
     images, wide, empty = (str(tmp_path / name) for name in ("images.npz", "wide.npz", "empty"))
     for arguments, message in (
         ([images, images, empty], "SAMPLES must be folders or files, not both"),
-        ([images, images, "--out", images], "--out must be a folder, and .* is a file"),
+        ([images, images, "--out", images], "--out must be a folder; found the file .*images"),
         ([images, images, "--batch_size", "0"], "--batch_size must be at least 1; found 0"),
         ([images, empty], r"expected 0\.png to 0\.png by the images found, found 1 missing"),
         ([images, images, wide], r"wide\.npz is 16x8 but .*images\.npz is 8x8"),
