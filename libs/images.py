@@ -186,6 +186,8 @@ class ImageDataset:
         digest: SHA-256 of the pictures' names, not of their contents.
     """
 
+    releases_gil = False
+
     def __init__(self, root: str | Path, resolution: Size, flip: bool = False):
         self.tree = ImageTree(root)
         self.views = 2 if flip else 1

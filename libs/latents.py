@@ -43,6 +43,8 @@ class LatentStore:
         autoencoder: identity of the autoencoder it was made with, {"sha256", "scaling_factor"}.
     """
 
+    releases_gil = True
+
     def __init__(self, path: str | Path):
         """Open the store in folder `path`, in the same time whatever the number of records.
 

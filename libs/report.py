@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from libs.checkpoint import WEIGHTS_FILE
+import numpy as np
+import torch
+
 from libs.files import file_digest, replacing
 from libs.images import save_grid
-from libs.logger import code_version
 from libs.metrics import NpzImages, Reference, Scores
-from libs.sample_set import SampleSet
 
 PUBLISHED_IMAGES = 50_000  # behind published scores
 NAMES = dict(fid="FID", sfid="sFID", inception_score="Inception Score", precision="precision", recall="recall")
@@ -88,7 +88,7 @@ def usual_mistakes(
         found.append(f"{n_images} images: published scores are of {PUBLISHED_IMAGES}, and FID falls with more")
     if sampling.get("n_samples", n_images) != n_images:
         found.append(f"{n_images} images of a set of {sampling['n_samples']}: score the whole set")
-    if Path(sampling.get("weights", "")).name in (WEIGHTS_FILE, "nnet.pth"):
+    if Path(sampling.get("weights", "")).stem == "nnet":
         found.append("the weights are not EMA weights: published scores are of nnet_ema")
     n_classes = sampling.get("dataset.n_classes")
     if labels is not None and n_classes:
@@ -107,20 +107,13 @@ def usual_mistakes(
     return found
 
 
-def write_report(
-    folder: str | Path,
-    scores: Scores,
-    samples: NpzImages | SampleSet,
-    reference: Reference,
-    sampling: dict,
-    device: str = "cpu",
-) -> dict:
+def write_report(folder: str | Path, scores: Scores, samples, reference: Reference, sampling: dict) -> dict:
     """Write metrics.json, report.md and samples.png into `folder`, made if need be.
 
     Args:
+        samples: NpzImages or a libs.sample_set.SampleSet.
         sampling: how the images were made: the settings that eval.py keeps in sampling.json and, where known, "config"
             (its name), "weights" (the file) and "step". JSON values; empty: unknown.
-        device: that the features were computed on.
 
     Returns:
         What metrics.json holds.
@@ -151,15 +144,16 @@ def write_report(
             "inception_sha256": scores.weights,
             "resize": "TensorFlow 1 bilinear to 299x299, as ADM",
             "precision": "float32 features, float64 scores",
-            "device": device,
+            "device": scores.device,
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "code": code_version(),
+        "code": scores.code,
     }
     with replacing(folder / "metrics.json", "give another folder") as file:
         file.write(json.dumps(report, indent=1).encode())
     chosen = sorted({i * samples.count // N_PICTURES for i in range(N_PICTURES)})
-    save_grid(next(samples.batches(N_PICTURES, chosen)), folder / "samples.png", COLUMNS)
+    pictures = torch.from_numpy(np.stack(list(samples.images(chosen)))).permute(0, 3, 1, 2)
+    save_grid(pictures, folder / "samples.png", COLUMNS)
     with replacing(folder / "report.md", "give another folder") as file:
         file.write(as_markdown(report).encode())
     return report

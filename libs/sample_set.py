@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from libs import UserError
-from libs.data import threads
+from libs.files import replacing
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"
@@ -60,17 +60,12 @@ def span(indices: range) -> str:
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
-    """Write a uint8 image (H, W, 3) whole or not at all. Raises OSError that names it.
+    """Write a uint8 image (H, W, 3) whole or not at all. Raises WriteError.
 
     It is not forced to the disk, which is slow for so many: `missing_files` finds a PNG that a power cut left short.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(image).save(temporary, format="png", compress_level=1)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}; re-run the command to resume", str(path)) from error
+    with replacing(path, "set another folder", sync=False) as file:
+        Image.fromarray(image).save(file, format="png", compress_level=1)
 
 
 def missing_files(folder: Path, indices: Iterable[int]) -> list[int]:
@@ -101,9 +96,9 @@ class SetWriter:
         depth: batches in hand; `put` waits for the oldest when there are as many.
     """
 
-    def __init__(self, folder: Path, n_threads: int = 4, depth: int = 3):
+    def __init__(self, folder: Path, depth: int = 3):
         self.folder, self.depth = folder, depth
-        self.pool = threads(n_threads)
+        self.pool = ThreadPoolExecutor(4)
         self.pending: deque[list[Future]] = deque()
 
     def put(self, indices: range, images: Callable[[], np.ndarray], wanted: Iterable[int]) -> None:
@@ -140,13 +135,14 @@ def to_host(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor to the host; the function returned waits, in any thread, and gives the CPU tensor."""
     if not tensor.is_cuda:
         return lambda: tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host, device = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), tensor.device
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)  # blocking: waiting sleeps
     copied.record()
 
     def wait() -> Tensor:
-        copied.synchronize()
+        with torch.cuda.device(device):  # a new thread's current GPU is the first, where this would take memory
+            copied.synchronize()
         return host
 
     return wait
@@ -188,12 +184,6 @@ def differences(found: dict, expected: dict, but: Sequence[str] = ()) -> list[st
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
-
-
-def stack_batches(images: Iterator[np.ndarray], batch_size: int) -> Iterator[Tensor]:
-    """Stack images (H, W, 3) as (B, 3, H, W), B = batch_size but for the last."""
-    while batch := list(islice(images, batch_size)):
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -289,7 +279,7 @@ class SampleSet:
         labels = [part.labels for part in parts]
         self.labels = None if None in labels else list(chain.from_iterable(labels))
         self.name, self.size = str(first.folder), None
-        self.size = tuple(next(self.batches(1, [0])).shape[2:])
+        self.size = next(self.images([0])).shape[:2]
 
     def _read(self, path):
         """Read an 8-bit RGB PNG of the set's size as (H, W, 3) uint8; a string says why a file is none."""
@@ -298,14 +288,14 @@ class SampleSet:
                 if image.mode != "RGB":
                     return f"{path} is of mode {image.mode}, expected RGB"
                 pixels = np.asarray(image)
-        except Exception as error:  # Pillow's decoders raise many kinds
+        except Exception as error:  # Pillow's errors are of many types
             return f"{path} cannot be read as PNG ({error})"
         if self.size and pixels.shape[:2] != self.size:
             (h, w), (h0, w0) = pixels.shape[:2], self.size
             return f"{path} is {w}x{h}, expected {w0}x{h0} like {self.paths[0].name}"
         return pixels
 
-    def images(self, indices: Sequence[int] | None = None) -> Iterator[np.ndarray | str]:
+    def read(self, indices: Sequence[int] | None = None) -> Iterator[np.ndarray | str]:
         """Read the images at `indices`, all unless given: (H, W, 3) uint8, or a string that says why one is refused.
 
         Some are decoded in advance, READ_AHEAD at most.
@@ -315,15 +305,9 @@ class SampleSet:
             for i in range(0, len(indices), READ_AHEAD):
                 yield from pool.map(self._read, [self.paths[k] for k in indices[i : i + READ_AHEAD]])
 
-    def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Read the images at `indices`, all unless given, as uint8 (B, 3, H, W), B at most `batch_size`.
-
-        Raises UserError for a file that cannot be used.
-        """
-
-        def usable(image: np.ndarray | str) -> np.ndarray:
+    def images(self, indices: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """Read the images at `indices`, all unless given: (H, W, 3) uint8. Raises UserError for one that is refused."""
+        for image in self.read(indices):
             if isinstance(image, str):
                 raise UserError(f"{image}: remove it and re-run eval.py, which makes what is missing")
-            return image
-
-        return stack_batches(map(usable, self.images(indices)), batch_size)
+            yield image
