@@ -133,7 +133,7 @@ def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | N
     """
     (channels, height, width), n_classes, path = config.z_shape, config.dataset.n_classes, config.dataset.path
     if autoencoder is not None:
-        dataset = LatentStore.open(path)
+        dataset = LatentStore(path)
         dataset.check_against(
             record_shape=(2 * channels, height, width),
             n_classes=n_classes or None,  # a model without classes takes data of any

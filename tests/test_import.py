@@ -55,7 +55,7 @@ def run(source, out, autoencoder, kind, *more):
     arguments = ["--format", kind, "--source", source, "--out", out, "--autoencoder", autoencoder]
     arguments += ["--n_classes", CLASSES, "--shard_size", 4, *more]
     import_latents.main([str(argument) for argument in arguments])
-    store = LatentStore.open(out)
+    store = LatentStore(out)
     store.verify()
     store.check_against(autoencoder=load_autoencoder(autoencoder).identity, n_classes=CLASSES)
     return store
