@@ -42,9 +42,8 @@ def float_to_uint8(images: Tensor) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to mode RGB.
+    """Convert a PIL image of any mode to RGB, with transparency laid over white and 16 bits scaled to 8.
 
-    Gray is repeated, CMYK converted, transparency (also of palettes) laid over white, 16 bits scaled to 8.
     Raises ValueError for values whose range is not known: floating point, more than 16 bits.
     """
     if image.mode.startswith("I") or image.mode == "F":
@@ -74,10 +73,7 @@ def center_crop(image: Image.Image, size: Size) -> np.ndarray:
     """Resize and crop an RGB image as ADM does (Dhariwal & Nichol 2021), here to any proportions.
 
     Halve by box while both sides are at least twice the wanted ones, resize bicubically until the wanted size just
-    fits in (also upwards), keep the center. For a square this is ADM's own, by the short side.
-
-    Returns:
-        uint8 array (height, width, 3).
+    fits in (also upwards), keep the center: uint8 (height, width, 3). For a square this is ADM's own crop.
     """
     height, width = sides(size)
     while image.height >= 2 * height and image.width >= 2 * width:
@@ -105,8 +101,8 @@ class ImageTree:
     """The pictures under a folder: one class per sub-folder, or a flat folder as one class.
 
     Classes are the sub-folders in sorted order (label = position), pictures in sorted order within a class; names
-    starting with a dot and files that are no pictures are skipped. Paths are kept as one block of bytes, so that a tree
-    of millions of pictures is cheap to send to worker processes.
+    starting with a dot and files that are no pictures are skipped. Paths are one NumPy array, so that a tree of
+    millions of pictures is cheap to send to worker processes.
 
     Attributes:
         class_names: list of str; of a flat folder, ["images"].
@@ -129,18 +125,15 @@ class ImageTree:
         if empty:  # every folder becomes a class
             raise UserError(f"{len(empty)} of the {len(folders)} class folders in {root} are empty ({empty[0]}, ...)")
         self.labels = np.repeat(np.arange(len(files_of), dtype=np.int32), [len(files) for files in files_of])
-        names = [os.fsencode(name) for files in files_of for name in files]
-        self._names = b"\0".join(names)
-        self._ends = np.cumsum([len(name) + 1 for name in names]) - 1
-        self.digest = hashlib.sha256(self._names).hexdigest()
+        self._names = np.array([os.fsencode(name) for files in files_of for name in files])
+        self.digest = hashlib.sha256(b"\0".join(self._names)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, i: int) -> str:
         """Return the path of picture i relative to the root, with forward slashes."""
-        start = self._ends[i - 1] + 1 if i else 0
-        return os.fsdecode(self._names[start : self._ends[i]])
+        return os.fsdecode(self._names[i])
 
     def path(self, i: int) -> str:
         """Return the path of picture i."""
