@@ -106,10 +106,9 @@ def raise_error(batch: tuple[Tensor, Tensor] | UserError) -> tuple[Tensor, Tenso
 def read_ahead(
     dataset, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read the batches of `dataset` by threads, in order.
+    """Read the batches of `dataset` at the indices in `batches`, which may be endless, by threads and in order.
 
     Args:
-        batches: record indices of each batch; may be endless.
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         depth: batches read ahead per thread.
 

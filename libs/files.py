@@ -129,6 +129,14 @@ def json_digest(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def read_json(path: Path, advice: str = "copy or make it again") -> dict:
+    """Read a file that holds a JSON object. Raises UserError, with `advice`, for anything else."""
+    try:
+        return dict(json.loads(path.read_bytes()).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error!s:.200}): {advice}") from error
+
+
 def read_npy_header(file: BinaryIO, name: str | Path) -> tuple[tuple[int, ...], np.dtype]:
     """Read (shape, dtype) from an open .npy file of version 1.0 in C order, and leave it at its first value.
 

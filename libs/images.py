@@ -28,7 +28,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 class UnreadableImage(UserError):
-    """A file that should be a picture and is not; the message names it and the reason."""
+    """A file that cannot be read as a picture; the message names it and the reason."""
 
 
 def uint8_to_float(pixels: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class ImageTree:
 
 
 class ImageBatches:
-    """Batches of a tree's pictures, for a loader whose workers read whole batches (`batch_size=None`).
+    """Batches of a tree's pictures, for a `DataLoader` with `batch_size=None`.
 
     Item j is the pictures ranges[j] = (first, one past the last) that could be read, uint8 (B, 3, height, width), and
     [(index, reason)] of those that could not.
@@ -171,12 +171,8 @@ def batch_ranges(first: int, last: int, batch_size: int) -> list[tuple[int, int]
 class ImageDataset:
     """Pixels for training without an autoencoder, read and cropped from a class-per-folder tree at every access.
 
-    With flips every picture is two records: record 2i is picture i, record 2i + 1 its mirror image.
-
-    Attributes:
-        record_shape: (3, height, width); records are uint8.
-        n_classes, class_names: the classes of the tree.
-        digest: SHA-256 of the pictures' names, not of their contents.
+    Records are uint8 (3, height, width). With flips record 2i is picture i, record 2i + 1 its mirror image. The digest
+    is of the pictures' names, not of their contents. Attributes: those of every data set (libs.data).
     """
 
     releases_gil = False
@@ -215,9 +211,6 @@ def _files_under(root, folder):
         below = Path(os.path.relpath(parent, root)).as_posix()
         found += [f"{below}/{name}" for name in files if _is_image(name) and not name.startswith(".")]
     return sorted(found)
-
-
-# --- Grids, sheets and strips -----------------------------------------------------------------------------------------
 
 
 def finite(images: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ A store is a folder:
     labels.npy           int32 (n_records,)
     latents-00000.npy    float16 or float32 (records, 2C, h, w): C means, then C log-variances; and so on
 
-`numpy.load` opens every .npy. A record is one view of one image. With flips, image i is record 2i and its mirror image
-record 2i + 1. Shard k is made from images k * images_per_shard and following, by whichever process, so neither the
-number of processes nor an interruption changes a byte. While a store is being written, `unfinished.json` holds its
-settings and `latents-*.json` the entries of the finished shards.
+A record is one view of one image: with flips, image i is record 2i and its mirror image record 2i + 1. Shard k is made
+from images k * images_per_shard and following, whatever the number of processes and interruptions. While a store is
+being written, `unfinished.json` holds its settings and `latents-*.json` the entries of the finished shards.
 """
 
 import functools
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from libs import UserError
-from libs.files import advise_on_write_error, file_digest, json_digest, read_npy_header, replacing
+from libs.files import advise_on_write_error, file_digest, json_digest, read_json, read_npy_header, replacing
 
 FORMAT = "dimr-latents"
 VERSION = 1
@@ -33,9 +32,8 @@ MAX_OPEN_FILES = 256  # below the usual limit of 1024 per process, whatever the 
 class LatentStore:
     """A complete store, opened for reading by any number of threads. A pickled one opens the store anew.
 
-    Attributes:
+    Attributes, besides those of every data set (libs.data):
         meta: index.json as a dict (keys: see `docs/latents.md`).
-        record_shape: (2C, h, w). n_classes, class_names: the classes.
         autoencoder: identity of the autoencoder it was made with, {"sha256", "scaling_factor"}.
     """
 
@@ -87,8 +85,7 @@ class LatentStore:
         rows = memoryview(records.reshape(-1)).cast("B")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         offsets = (indices - self._starts[shards]) * self._record_bytes
-        # First read what the page cache holds. Then announce all other reads to the kernel before the first of them
-        # waits, so that the disk serves many requests at once.
+        # Read what the page cache holds, then announce all other reads, so that the disk serves many at once.
         waiting = []
         for k, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
             row = rows[k * self._record_bytes : (k + 1) * self._record_bytes]
@@ -104,16 +101,16 @@ class LatentStore:
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the index. Raises UserError naming all that differ."""
-        entries = [*self.meta["shards"], self.meta["labels"]]
-        altered = [entry["file"] for entry in entries if file_digest(self.path / entry["file"]) != entry.get("sha256")]
+        files = {entry["file"]: entry.get("sha256") for entry in [*self.meta["shards"], self.meta["labels"]]}
+        altered = [name for name, digest in files.items() if file_digest(self.path / name) != digest]
         if altered:
             raise UserError(
-                f"{self.path}: the contents of {_shorten(', '.join(altered))} are not what index.json states. Copy "
+                f"{self.path}: the contents of {', '.join(altered):.200} are not what index.json states. Copy "
                 f"them again, or delete them and run the extraction again, which makes them anew"
             )
 
     def check_against(self, **wanted) -> None:
-        """Raise UserError naming both sides if an attribute of the store is not as `wanted`; None is not compared."""
+        """Raise UserError, naming both, if an attribute of the store is not as `wanted`; None is not compared."""
         for name, value in wanted.items():
             if value is not None and value != getattr(self, name):
                 raise UserError(
@@ -157,18 +154,13 @@ class StoreWriter:
         self.n_shards = -(-settings["source"]["n_images"] // settings["images_per_shard"])
 
     def begin(self, source: Callable[[int], str] | None = None) -> list[int]:
-        """Make the folder, or check what an earlier run left there. One process calls it, before any writes.
+        """Make the folder, or check what an earlier run left there, and return the numbers of the shards to write.
 
-        Settings may still change before a shard is finished, class names before the store is complete.
+        One process calls it, before any writes. Settings may change until a shard is finished, class names until the
+        store is complete. Raises UserError for other settings, another source, or a folder of other things.
 
         Args:
             source: function from a shard's number to the digest that `write_shard` gets; finished shards must have it.
-
-        Returns:
-            The numbers of the shards to write; none if the store is complete.
-
-        Raises:
-            UserError: other settings, another source, or a folder of other things.
         """
         with advise_on_write_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -176,7 +168,7 @@ class StoreWriter:
                 self._compare(read_index(self.path))
             elif (self.path / "unfinished.json").exists():
                 if any(self.path.glob("latents-*.json")):
-                    self._compare(_read_json(self.path / "unfinished.json"), but="class_names")
+                    self._compare(read_json(self.path / "unfinished.json"), but="class_names")
             elif any(not file.name.startswith(".") for file in self.path.iterdir()):
                 raise UserError(f"{self.path} holds other files: expected a new or empty folder, or a store")
             for leftover in self.path.glob(".*.tmp"):
@@ -189,7 +181,7 @@ class StoreWriter:
         others = [entry["file"] for k, entry in done.items() if source and entry.get("source_sha256") != source(k)]
         if others:
             raise UserError(
-                f"{self.path}: {len(others)} shards ({_shorten(', '.join(others))}) were made from another source: "
+                f"{self.path}: {len(others)} shards ({', '.join(others):.200}) were made from another source: "
                 f"give that, delete these files, or set another --out"
             )
         return [number for number in range(self.n_shards) if number not in done]
@@ -217,9 +209,7 @@ class StoreWriter:
             skipped: indices of the images of this shard that are left out.
             source: digest of what the shard is made from, see `begin`.
 
-        Raises:
-            UserError: values that are not finite in the store's dtype, another run began the store anew meanwhile.
-            WriteError: it cannot be written.
+        Raises UserError for values that are not finite in the store's dtype, and for other settings than the folder's.
         """
         dtype = self.settings["dtype"]
         with np.errstate(over="ignore"):
@@ -228,7 +218,7 @@ class StoreWriter:
             advice = "set --dtype float32 and another --out, or " if dtype == "float16" else ""
             raise UserError(f"the moments of shard {number} are not finite in {dtype}: {advice}check --autoencoder")
         if (self.path / "unfinished.json").exists():
-            self._compare(_read_json(self.path / "unfinished.json"))
+            self._compare(read_json(self.path / "unfinished.json"))
         entry = self._write_npy(_shard_name(number), records)
         entry |= {"records": len(records), "skipped": [int(i) for i in skipped]}
         entry |= {"source_sha256": source} if source is not None else {}
@@ -270,8 +260,8 @@ class StoreWriter:
         for number in range(self.n_shards):
             file = self.path / _shard_name(number, "json")
             if file.exists():
-                found[number] = _read_json(file)
-        return {n: found[n] for n in sorted(found) if _size(self.path / _shard_name(n)) == found[n].get("bytes")}
+                found[number] = read_json(file)
+        return {n: found[n] for n in sorted(found) if _size(self.path / _shard_name(n)) == found[n].get("bytes", -1)}
 
     def _remove_leftovers(self):
         for file in [*self.path.glob("latents-*.json"), self.path / "unfinished.json"]:
@@ -286,14 +276,14 @@ class StoreWriter:
 
     def _compare(self, found, but=None):
         differences = [
-            f"{key}: there {_shorten(repr(found.get(key)))}, now {_shorten(repr(value))}"
+            f"{key}: there {found.get(key)!r:.200}, now {value!r:.200}"
             for key, value in self.settings.items()
             if key != but and found.get(key) != value
         ]
         if differences:
             raise UserError(
-                f"{self.path} holds latents made with other settings ({'; '.join(differences)}). Use those, or "
-                f"another --out"
+                f"{self.path} holds latents made with other settings ({'; '.join(differences)}). Use those, or another "
+                "--out"
             )
 
 
@@ -303,11 +293,11 @@ def read_index(path: str | Path) -> dict:
     if not file.is_file():
         found = "Unfinished" if (file.parent / "unfinished.json").is_file() else "No"
         raise UserError(f"{found} latents at {path} (no index.json): run scripts/extract_imagenet_feature.py")
-    index = _read_json(file)
+    index = read_json(file)
     found, digest = (index.get("format"), index.get("version")), index.pop("sha256", None)
     if found != (FORMAT, VERSION) or json_digest(index) != digest or not _is_consistent(index):
         raise UserError(
-            f"{file} was altered, contradicts itself or is not of format {(FORMAT, VERSION)}, found {_shorten(found)}: "
+            f"{file} was altered, contradicts itself or is not of format {(FORMAT, VERSION)}, found {found!s:.200}: "
             "copy it again, or extract again"
         )
     return {**index, "sha256": digest}
@@ -349,13 +339,6 @@ def _read_exactly(file, buffer, offset):
         buffer, offset = buffer[n:], offset + n
 
 
-def _read_json(file):
-    try:
-        return dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is not a valid JSON object: {_shorten(str(error))}") from error
-
-
 def _write_json(path, value):
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
@@ -378,8 +361,3 @@ def _is_consistent(index):
         )
     except (KeyError, TypeError, AttributeError):
         return False
-
-
-def _shorten(value):
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -38,8 +38,6 @@ STATISTICS = {"fid": ("mu", "sigma", POOL), "sfid": ("mu_s", "sigma_s", SPATIAL)
 class GaussianStatistics:
     """Accumulate the number, mean and scatter of features in float64 (Chan, Golub and LeVeque 1979).
 
-    Memory does not grow with the number of images. The result is that of all features at once, to round-off.
-
     Attributes:
         count: N so far. mean: (D,). scatter: (D, D), the sum of outer products of the centered features. Tensors on
         the features' device; None before the first.
@@ -85,14 +83,14 @@ def gaussian_statistics(features: Features) -> Gaussian:
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Compute the squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017).
+    """Compute the squared Fréchet (2-Wasserstein) distance of two Gaussians in float64 (Heusel et al. 2017).
 
     It is |mu1 - mu2|² + tr(S1 + S2 - 2 (S1 S2)^½). (S1 S2)^½ has the eigenvalues of (S1^½ S2 S1^½)^½, which is
-    symmetric and positive semi-definite: its trace takes two symmetric eigenvalue problems and no square root of a
-    general matrix. Singular covariances (fewer images than features) are fine: negative round-off is clipped.
+    symmetric and positive semi-definite: two symmetric eigenvalue problems give its trace. Covariances may be singular
+    (fewer images than features): negative round-off is clipped.
 
     Args:
-        mu1, mu2: (D,). sigma1, sigma2: (D, D), symmetric. Computed in float64.
+        mu1, mu2: (D,). sigma1, sigma2: (D, D), symmetric.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2))
     eigenvalues, vectors = np.linalg.eigh(sigma1)
@@ -123,8 +121,8 @@ def precision_recall(reference: Features, samples: Features, k: int = 3) -> tupl
 
     The manifold of a set is the union of the balls around its points that reach their k-th neighbor in the set.
     Precision is the share of samples in the manifold of the reference, recall the share of the reference in that of
-    the samples. Euclidean distances are taken in float32, tile by tile: memory is that of four copies of the features
-    (ADM's suite takes float16 where it does not overflow, which can differ in the last digits).
+    the samples. Euclidean distances are taken in float32, tile by tile (ADM's suite takes float16 where it does not
+    overflow, which can differ in the last digits).
 
     Args:
         reference: (M, D). samples: (N, D), on the same device. Each of more than k rows.
@@ -235,10 +233,10 @@ def read_floats(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> 
 class NpzImages:
     """The images of one .npz, or of several that are parts of one set: uint8 `arr_0` (N, H, W, 3), read as used.
 
+    Raises FileNotFoundError; UserError for a file without such images.
+
     Attributes:
         paths: the files. count: N of all. size: (H, W) in pixels. name: for messages. settings, labels: not known.
-
-    Raises FileNotFoundError; UserError for a file without such images.
     """
 
     settings, labels = {}, None  # as of a SampleSet
@@ -408,30 +406,26 @@ def score(
     reference: SetFeatures | None,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Compute the suite's five scores from features.
+    """Compute the suite's five scores from features: values and reasons, as in `Scores`.
 
     Args:
         samples: of at least 2 images, of at least 4 for precision and recall.
-        statistics: those that come with the reference. As in the suite they are those of a whole data set and go
-            before the statistics of the reference's images.
+        statistics: those that come with the reference, of a whole data set. They go before those of its images.
         reference: features of the reference's images; None: it has none.
         device: where neighbors are sought.
-
-    Returns:
-        The scores, None where the reference does not allow one, and the reason of each None.
     """
     scores, reasons = {}, {}
     own, given = samples.gaussians(), statistics
     if reference is not None and statistics.keys() != STATISTICS.keys():
         given = {**reference.gaussians(), **statistics}
     for name, (mean, covariance, _) in STATISTICS.items():
-        scores[name] = frechet_distance(*own[name], *given[name]) if name in given else None
-        if name not in given:
+        if name in given:
+            scores[name] = frechet_distance(*own[name], *given[name])
+        else:
             reasons[name] = f"the reference holds neither {mean}, {covariance} nor images"
     scores["inception_score"] = inception_score(samples.logits)
-    if reference is None:
-        scores["precision"] = scores["recall"] = None
-        reasons["precision"] = reasons["recall"] = "the reference holds no images"
-    else:
+    if reference is not None:
         scores["precision"], scores["recall"] = precision_recall(reference.pool.to(device), samples.pool.to(device))
-    return scores, reasons
+    else:
+        reasons["precision"] = reasons["recall"] = "the reference holds no images"
+    return {**scores, **dict.fromkeys(reasons)}, reasons

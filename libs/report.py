@@ -80,8 +80,7 @@ def usual_mistakes(
     """List what stands between a score and the published ones, a sentence each.
 
     Args:
-        sampling: what is known of how the images were made (see `write_report`).
-        labels: the classes asked for, one per image; None: unknown.
+        sampling: see `write_report`. labels: the classes asked for, one per image; None: unknown.
     """
     found = []
     if n_images < PUBLISHED_IMAGES:
@@ -115,15 +114,13 @@ def write_report(folder: str | Path, scores: Scores, samples, reference: Referen
         sampling: how the images were made: the settings that eval.py keeps in sampling.json and, where known, "config"
             (its name), "weights" (the file) and "step". JSON values; empty: unknown.
 
-    Returns:
-        What metrics.json holds.
+    Returns what metrics.json holds.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = [result for result in PUBLISHED if result.config and result.config == sampling.get("config")]
-    files = [{"file": samples.name}]
-    if isinstance(samples, NpzImages):
-        files = [{"file": str(path), "sha256": file_digest(path)} for path in samples.paths]
+    of_npz = isinstance(samples, NpzImages)
+    files = [{"file": str(p), "sha256": file_digest(p)} for p in samples.paths] if of_npz else [{"file": samples.name}]
     counts = Counter(samples.labels or ())
     per_class = counts and {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
     report = {
@@ -164,12 +161,16 @@ def as_markdown(report: dict) -> str:
     samples, (height, width) = report["samples"], report["samples"]["size"]
     lines = [f"# Scores of {samples['images']:,} images of {width}x{height}", ""]
     lines += [f"| | {' | '.join(NAMES.values())} |", "|---" * (len(NAMES) + 1) + "|"]
-    lines.append(f"| **these images** | {' | '.join(number(report[name], '.4f') for name in NAMES)} |")
+
+    def add_row(title: str, scores: dict, form: str) -> None:
+        cells = ("–" if scores[name] is None else format(scores[name], form) for name in NAMES)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    add_row("**these images**", report, ".4f")
     own = report["published_for_config"]
     rows = own + [row for row in report["nearest_published"] if row not in own]
     for row in rows:
-        title = f"{row['model']}{', guided' if row['guided'] else ''} ({row['source']})"
-        lines.append(f"| {title} | {' | '.join(number(row[name], 'g') for name in NAMES)} |")
+        add_row(f"{row['model']}{', guided' if row['guided'] else ''} ({row['source']})", row, "g")
     below = "Below the first row: what is published for this config, then the nearest by FID; all of 50,000 images."
     lines += ["", below if rows else "Nothing is published for images of this size by these scores."]
     lines += [f"\n{NAMES[name]} was not computed: {reason}." for name, reason in report["not_computed"].items()]
@@ -183,8 +184,3 @@ def as_markdown(report: dict) -> str:
             text = value if isinstance(value, str) else json.dumps(value)
             lines.append(f"| {section} {key}".rstrip() + " | " + text.replace("|", "\\|") + " |")
     return "\n".join(lines) + "\n"
-
-
-def number(value: float | None, form: str) -> str:
-    """Format a score, or a dash for one that is not known."""
-    return "–" if value is None else format(value, form)

@@ -5,7 +5,6 @@ decides the images, and class_lab.txt, one label per line in index order. A set 
 are disjoint and together the whole.
 """
 
-import json
 import os
 import re
 from collections import deque
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from libs import UserError
-from libs.files import replacing
+from libs.files import read_json, replacing
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"
@@ -30,9 +29,6 @@ IMAGE_NAME = re.compile(r"(0|[1-9][0-9]*)\.png")
 TEMPORARY_NAME = re.compile(r"\..*\.tmp")
 PNG_END = bytes.fromhex("49454e44ae426082")  # the IEND chunk: a PNG without it is cut short
 READ_AHEAD = 256  # images decoded at a time: 50 MB at 256x256
-
-
-# --- Indices ----------------------------------------------------------------------------------------------------------
 
 
 def balanced_label(index: int, n_samples: int, n_classes: int) -> int:
@@ -54,9 +50,6 @@ def intersect(a: range, b: range) -> range:
 def span(indices: range) -> str:
     """Say a range in words: "images 0 to 49"."""
     return f"images {indices.start} to {indices.stop - 1}"
-
-
-# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
@@ -90,11 +83,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 class SetWriter:
-    """Write batches of a set by threads, so that sampling goes on meanwhile.
-
-    Args:
-        depth: batches in hand; `put` waits for the oldest when there are as many.
-    """
+    """Write batches of a set by threads, while sampling goes on; `put` waits where `depth` batches are unwritten."""
 
     def __init__(self, folder: Path, depth: int = 3):
         self.folder, self.depth = folder, depth
@@ -102,10 +91,9 @@ class SetWriter:
         self.pending: deque[list[Future]] = deque()
 
     def put(self, indices: range, images: Callable[[], np.ndarray], wanted: Iterable[int]) -> None:
-        """Write the images `wanted` of a batch. Raises what an earlier writing raised, such as OSError on a full disk.
+        """Write the images `wanted` of a batch of `indices`. Raises what an earlier writing raised, such as WriteError.
 
         Args:
-            indices: of the batch.
             images: gives the batch when called, uint8 (B, H, W, 3); it may wait, and is called by threads.
         """
         while len(self.pending) >= self.depth:
@@ -148,23 +136,15 @@ def to_host(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-# --- Settings ---------------------------------------------------------------------------------------------------------
-
-
 def shorten(names: Sequence) -> str:
-    """List the first few names, for a message."""
+    """List the first five names, for a message."""
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def read_settings(folder: Path) -> dict:
     """Read sampling.json of a folder; empty if there is none. Raises UserError where it is damaged."""
     file = folder / SETTINGS_FILE
-    try:
-        return dict(json.loads(file.read_text()).items())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): remove {folder} and sample again") from error
+    return read_json(file, f"remove {folder} and sample again") if file.exists() else {}
 
 
 def flatten_dict(values: dict | list, prefix: str = "") -> dict:
@@ -183,9 +163,6 @@ def differences(found: dict, expected: dict, but: Sequence[str] = ()) -> list[st
     return [f"{name}: {found.get(name)} there, {expected.get(name)} now" for name in names]
 
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Part:
     """One folder of a set: its settings, the indices of its images, and their labels, None without class_lab.txt."""
@@ -199,12 +176,10 @@ class Part:
 def open_part(folder: Path, n_samples: int | None = None) -> Part:
     """Open one folder of a set.
 
+    Raises FileNotFoundError; UserError for missing or extra files, or labels that are not the images'.
+
     Args:
         n_samples: images expected; None: what sampling.json says, else as many as in class_lab.txt, else as found.
-
-    Raises:
-        FileNotFoundError: no folder.
-        UserError: missing or extra files, or labels that are not the images'.
     """
     names = {entry.name for entry in os.scandir(folder)} - {SETTINGS_FILE, LABELS_FILE}
     names = {name for name in names if not TEMPORARY_NAME.fullmatch(name)}
@@ -242,16 +217,13 @@ class SampleSet:
     """All images of a set, in index order, read as they are used.
 
     Args:
-        folders: one or several.
         n_samples: images expected, as of `open_part`.
 
     Attributes:
         folders: in index order. paths: N PNGs. count: N. size: (H, W) in pixels. labels: N of them, or None.
         settings: without the range. name: for messages.
 
-    Raises:
-        FileNotFoundError, UserError: as `open_part`; folders made with other settings; images that are in two folders
-        or in none.
+    Raises the errors of `open_part`, and UserError for folders of other settings and images in two folders or in none.
     """
 
     def __init__(self, *folders: str | Path, n_samples: int | None = None):
@@ -296,10 +268,7 @@ class SampleSet:
         return pixels
 
     def read(self, indices: Sequence[int] | None = None) -> Iterator[np.ndarray | str]:
-        """Read the images at `indices`, all unless given: (H, W, 3) uint8, or a string that says why one is refused.
-
-        Some are decoded in advance, READ_AHEAD at most.
-        """
+        """Read the images at `indices`, all unless given: (H, W, 3) uint8, or a string that says why one is refused."""
         indices = range(self.count) if indices is None else indices
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for i in range(0, len(indices), READ_AHEAD):
