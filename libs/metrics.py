@@ -32,9 +32,6 @@ ROWS = 2048  # rows worked on at a time: a tile of distances is then 16 MB, whic
 STATISTICS = {"fid": ("mu", "sigma", POOL), "sfid": ("mu_s", "sigma_s", SPATIAL)}
 
 
-# --- Scores of features -----------------------------------------------------------------------------------------------
-
-
 class GaussianStatistics:
     """Accumulate the number, mean and scatter of features in float64 (Chan, Golub and LeVeque 1979).
 
@@ -198,9 +195,6 @@ def _checked(features, n_least):
     return features
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
     """Open an .npz; any error of the block, as a damaged file can cause, becomes a UserError that names it."""
@@ -325,9 +319,6 @@ def check_sets(samples, reference: Reference) -> None:
 
 def _pixels(size):
     return f"{size[1]}x{size[0]}"
-
-
-# --- The suite --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
