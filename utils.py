@@ -24,6 +24,7 @@ from libs.latents import LatentStore
 from libs.launch import raise_on_all_ranks
 from libs.logger import code_version
 from libs.metrics import (
+    ImageSet,
     PlannedImages,
     Reference,
     Scores,
@@ -182,12 +183,12 @@ def open_scoring(reference: str, required: bool, planned: PlannedImages) -> tupl
 
 
 def score_sets(
-    samples, reference: Reference, weights: Path, state: Accelerator | PartialState, batch_size: int = 64
+    samples: ImageSet, reference: Reference, weights: Path, state: Accelerator | PartialState, batch_size: int = 64
 ) -> Scores | None:
     """Score a set of images against a reference: all processes extract features, the main one scores.
 
     Args:
-        samples: NpzImages or SampleSet. weights: pytorch-fid's Inception weights. batch_size: images per process.
+        weights: pytorch-fid's Inception weights. batch_size: images per process.
 
     Returns:
         The scores on the main process, None on others.

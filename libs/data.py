@@ -1,14 +1,15 @@
 """Batches for training: which records a process reads at which step, and reading them ahead of time.
 
-A data set, libs/latents.py or libs/images.py, has `len()`, `record_shape`, `n_classes`, `class_names`, `digest`,
-`read(indices)` -> (records, labels) as numpy arrays, and `releases_gil`: whether threads read it side by side. A thread
-hands over its arrays as they are; a process copies them through shared memory, which costs more than reading latents.
+A data set has `len()`, `record_shape`, `n_classes`, `class_names`, `digest`, `read(indices)` -> (records, labels) as
+NumPy arrays, and `releases_gil`: whether threads can read it side by side. A thread hands over its arrays as they are;
+a process copies them through shared memory, which costs several times what reading latents does.
 """
 
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from libs import UserError
 from libs.randomness import epoch_order
+
+DataSet = Any  # libs.latents.LatentStore or libs.images.ImageDataset
 
 
 class StepBatches:
@@ -67,7 +70,7 @@ class BatchReads:
     A UserError is returned: raised in a worker process, its message would arrive inside a stack trace.
     """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: DataSet):
         self.dataset = dataset
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | UserError:
@@ -77,7 +80,9 @@ class BatchReads:
             return error
 
 
-def make_loader(dataset, batches: StepBatches, num_workers: int, pin_memory: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def make_loader(
+    dataset: DataSet, batches: StepBatches, num_workers: int, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over the endless (records, labels) of `batches`, in order, read ahead.
 
     Args:
@@ -104,7 +109,7 @@ def raise_error(batch: tuple[Tensor, Tensor] | UserError) -> tuple[Tensor, Tenso
 
 
 def read_ahead(
-    dataset, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
+    dataset: DataSet, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Read the batches of `dataset` at the indices in `batches`, which may be endless, by threads and in order.
 

@@ -116,7 +116,7 @@ def hub_download(repository: str, file: str, whole_repository: bool = False) -> 
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
+    """Compute the SHA-256 of a file's bytes, as hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -125,7 +125,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def json_digest(value: dict) -> str:
-    """SHA-256 of a JSON value, as hex: the same for any order of its keys."""
+    """Compute the SHA-256 of a JSON value, as hex: the same for any order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from libs.inception import POOL, SPATIAL, AdmInception
 
 Features = np.ndarray | Tensor  # (N, D)
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D)
+ImageSet = Any  # NpzImages or libs.sample_set.SampleSet
 ROWS = 2048  # rows worked on at a time: a tile of distances is then 16 MB, which the allocator keeps
 
 # Score -> the arrays of a reference .npz that hold its Gaussian, and their dimension.
@@ -301,12 +302,8 @@ def fewest_images(reference: Reference) -> int:
     return 4 if reference.images else 2  # for the neighbors of precision and recall; for a covariance
 
 
-def check_sets(samples, reference: Reference) -> None:
-    """Raise UserError for a set that cannot be scored against the reference: too few images, or of another size.
-
-    Args:
-        samples: NpzImages, PlannedImages or a libs.sample_set.SampleSet.
-    """
+def check_sets(samples: ImageSet | PlannedImages, reference: Reference) -> None:
+    """Raise UserError for a set that cannot be scored against the reference: too few images, or of another size."""
     for images in (samples, reference.images):
         if images and images.count < fewest_images(reference):
             raise UserError(f"{images.name}: expected at least {fewest_images(reference)} images; found {images.count}")
@@ -352,9 +349,9 @@ def stack_batches(images: Iterator[np.ndarray], batch_size: int) -> Iterator[Ten
 
 
 def extract_features(
-    network: AdmInception, images, batch_size: int, n_processes: int = 1, process: int = 0
+    network: AdmInception, images: ImageSet, batch_size: int, n_processes: int = 1, process: int = 0
 ) -> SetFeatures | None:
-    """Extract the features of this process's share of a set, NpzImages or SampleSet; None of no images.
+    """Extract the features of this process's share of a set; None of no images.
 
     The share is a run of the batches, which are the same for any number of processes.
 

@@ -18,7 +18,7 @@ import torch
 
 from libs.files import file_digest, replacing
 from libs.images import save_grid
-from libs.metrics import NpzImages, Reference, Scores
+from libs.metrics import ImageSet, NpzImages, Reference, Scores
 
 PUBLISHED_IMAGES = 50_000  # behind published scores
 NAMES = dict(fid="FID", sfid="sFID", inception_score="Inception Score", precision="precision", recall="recall")
@@ -106,11 +106,10 @@ def usual_mistakes(
     return found
 
 
-def write_report(folder: str | Path, scores: Scores, samples, reference: Reference, sampling: dict) -> dict:
+def write_report(folder: str | Path, scores: Scores, samples: ImageSet, reference: Reference, sampling: dict) -> dict:
     """Write metrics.json, report.md and samples.png into `folder`, made if need be.
 
     Args:
-        samples: NpzImages or a libs.sample_set.SampleSet.
         sampling: how the images were made: the settings that eval.py keeps in sampling.json and, where known, "config"
             (its name), "weights" (the file) and "step". JSON values; empty: unknown.
 

@@ -143,8 +143,10 @@ def shorten(names: Sequence) -> str:
 
 def read_settings(folder: Path) -> dict:
     """Read sampling.json of a folder; empty if there is none. Raises UserError where it is damaged."""
-    file = folder / SETTINGS_FILE
-    return read_json(file, f"remove {folder} and sample again") if file.exists() else {}
+    try:
+        return read_json(folder / SETTINGS_FILE, f"remove {folder} and sample again")
+    except FileNotFoundError:
+        return {}
 
 
 def flatten_dict(values: dict | list, prefix: str = "") -> dict:
