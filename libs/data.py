@@ -117,8 +117,7 @@ def read_ahead(
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         depth: batches read ahead per thread.
 
-    Yields:
-        (records (B, ...), labels int64 (B,)). Errors of `read` are raised as they are, in their place.
+    Yields (records (B, ...), labels int64 (B,)). Errors of `read` are raised as they are, in their place.
     """
 
     def read(indices):

@@ -100,10 +100,8 @@ def hub_download(repository: str, file: str, whole_repository: bool = False) -> 
     verbosity = huggingface_hub.logging.get_verbosity()
     huggingface_hub.logging.set_verbosity_error()  # otherwise each retry prints a line
     try:
-        try:  # a cached file is used without asking the network
-            return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=True))
-        except OSError:
-            return Path(huggingface_hub.hf_hub_download(repository, file))
+        cached = huggingface_hub.try_to_load_from_cache(repository, file)  # hf_hub_download would ask the network
+        return Path(cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(repository, file))
     except (OSError, ValueError) as error:
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         what = repository if whole_repository else f"{repository} {file}"

@@ -24,8 +24,6 @@ from tqdm import tqdm
 
 from libs import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-
 # Dense bf16/fp16 peak in FLOP/s by words of the device's name, the first that fit (data sheets, without sparsity).
 PEAK_FLOPS = {
     "GB200": 2500e12,
@@ -202,7 +200,7 @@ def lock_workdir(workdir: Path) -> IO:
 @functools.cache
 def code_version() -> str:
     """Return the git commit of this code ("unknown" outside a checkout) and PyTorch's version."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

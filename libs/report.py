@@ -13,12 +13,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from libs.files import file_digest, replacing
 from libs.images import save_grid
-from libs.metrics import ImageSet, NpzImages, Reference, Scores
+from libs.metrics import ImageSet, NpzImages, Reference, Scores, stack_batches
 
 PUBLISHED_IMAGES = 50_000  # behind published scores
 NAMES = dict(fid="FID", sfid="sFID", inception_score="Inception Score", precision="precision", recall="recall")
@@ -148,8 +145,7 @@ def write_report(folder: str | Path, scores: Scores, samples: ImageSet, referenc
     with replacing(folder / "metrics.json", "give another folder") as file:
         file.write(json.dumps(report, indent=1).encode())
     chosen = sorted({i * samples.count // N_PICTURES for i in range(N_PICTURES)})
-    pictures = torch.from_numpy(np.stack(list(samples.images(chosen)))).permute(0, 3, 1, 2)
-    save_grid(pictures, folder / "samples.png", COLUMNS)
+    save_grid(next(stack_batches(samples.images(chosen), N_PICTURES)), folder / "samples.png", COLUMNS)
     with replacing(folder / "report.md", "give another folder") as file:
         file.write(as_markdown(report).encode())
     return report

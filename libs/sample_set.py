@@ -77,9 +77,8 @@ def missing_files(folder: Path, indices: Iterable[int]) -> list[int]:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed program left half-written. Call it while nobody writes into `folder`."""
-    for entry in os.scandir(folder):
-        if TEMPORARY_NAME.fullmatch(entry.name):
-            os.unlink(entry.path)
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 class SetWriter:
@@ -183,8 +182,8 @@ def open_part(folder: Path, n_samples: int | None = None) -> Part:
     Args:
         n_samples: images expected; None: what sampling.json says, else as many as in class_lab.txt, else as found.
     """
-    names = {entry.name for entry in os.scandir(folder)} - {SETTINGS_FILE, LABELS_FILE}
-    names = {name for name in names if not TEMPORARY_NAME.fullmatch(name)}
+    names = {entry.name for entry in os.scandir(folder) if not TEMPORARY_NAME.fullmatch(entry.name)}
+    names -= {SETTINGS_FILE, LABELS_FILE}
     settings, labels_file = read_settings(folder), folder / LABELS_FILE
     labels = expected_labels = None
     try:
