@@ -29,9 +29,9 @@ from tqdm import tqdm
 import utils
 from configs.common import check_fields
 from libs import UserError, launch
-from libs.checkpoint import ema_profile
+from libs.autoencoder import check_finite
+from libs.checkpoint import differences, ema_profile
 from libs.files import file_digest, replacing
-from libs.images import check_finite
 from libs.launch import raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference, Scores
 from libs.model import Model, Sampler, config_json, image_size, network_settings
@@ -45,7 +45,6 @@ from libs.sample_set import (
     SetWriter,
     balanced_label,
     batches_of,
-    differences,
     intersect,
     missing_files,
     read_settings,
@@ -100,7 +99,9 @@ def begin_set(folder: Path, indices: range, labels: Sequence[int], settings: dic
         if not found and folder.is_dir() and not all(TEMPORARY_NAME.fullmatch(path.name) for path in folder.iterdir()):
             raise UserError(f"{folder} holds files but no {SETTINGS_FILE}: give an empty or new --IMGsave_path")
         if found and (different := differences(found, settings)):
-            raise UserError(f"{folder} holds images made with other settings ({'; '.join(different)}): set another")
+            raise UserError(
+                f"{folder} holds images made with other settings ({'; '.join(different.values())}): set another"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(folder)
     texts = {LABELS_FILE: "".join(f"{labels[i]}\n" for i in indices)}

@@ -5,8 +5,8 @@
 
 One process or many, GPU or CPU. Re-run the command to resume from the newest whole checkpoint, exactly. Writes into the
 work folder (workdir/NAME unless given): ckpts/<step>.ckpt, samples/<step>.png (a grid from the EMA weights) and
-samples/strip.png (how it came about), metrics.jsonl, and TensorBoard logs under tensorboard/. SIGTERM and SIGUSR1 save
-at the next step and end with status 75 and the file requeue in the work folder: re-run the command.
+samples/strip.png (how it came about), metrics.jsonl, and TensorBoard logs under tensorboard/. Ctrl+C, SIGTERM, SIGUSR1
+and SIGHUP save at the next step and end with status 75 and the file requeue in the work folder: re-run the command.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ import sde
 import utils
 from configs.common import check_fields
 from libs import UserError, checkpoint, cost, launch, sharding
-from libs.autoencoder import Autoencoder
+from libs.autoencoder import Autoencoder, uint8_to_float
 from libs.compilation import choose_compile, compile_network
 from libs.data import StepBatches, make_loader
 from libs.files import advise_on_write_error
-from libs.images import ImageDataset, save_grid, save_strip, uint8_to_float
+from libs.images import ImageDataset, save_grid, save_strip
 from libs.latents import LatentStore
 from libs.launch import REQUEUE_STATUS, StopRequest, raise_on_all_ranks
 from libs.logger import Logger, code_version, lock_workdir
@@ -110,7 +110,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
     nnet = accelerator.prepare_model(state.nnet, device_placement=False, evaluation_mode=settings.sharded)
     nnet.train()
 
-    stopping = False
+    stopping = save_due = False
+    allowed = min(MAX_SKIPPED, settings.n_steps - state.step)  # or nothing would have been trained
     log.timer.reset()
     while state.step < settings.n_steps and not stopping:
         lr = warmup_lr(config.optimizer.lr, state.step, config.lr_scheduler.warmup_steps)
@@ -138,16 +139,20 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
         if due(state.step, settings.log_interval) or ending:
             in_row, in_all = state.skipped.tolist()
             log.write(state.step, {"lr": lr, "grad_norm": grad_norm.item(), "skipped_updates": in_all})
-            if in_row >= MAX_SKIPPED:
+            if in_row >= allowed and not stopping:
                 raise UserError(
-                    f"{int(in_row)} updates in a row up to step {state.step} were not finite (last checkpoint: step "
-                    f"{state.saved_step}): lower config.optimizer.lr, set config.train.grad_clip, or use bf16, not fp16"
+                    f"{int(in_row)} updates in a row up to step {state.step} were not finite (last checkpoint before: "
+                    f"step {state.saved_step}): lower config.optimizer.lr, set config.train.grad_clip, or use bf16 in "
+                    "place of fp16; if the loss had grown before (metrics.jsonl), move the newest checkpoints away"
                 )
         if due(state.step, settings.eval_interval):
             draw_grid(workdir / "samples" / f"{state.step}.png", sample, ema, config, main)
             log.timer.reset()
-        if due(state.step, settings.save_interval) or ending:
-            state.save(workdir / "ckpts", identity, main, settings.keep_last, settings.keep_interval)
+        save_due = save_due or due(state.step, settings.save_interval)
+        if ending or (save_due and not state.skipping()):
+            kept = settings.keep_last, settings.keep_interval
+            state.save(workdir / "ckpts", identity, main, *kept, healthy=not log.exploded)
+            save_due = False
             log.timer.reset()
         if scoring and due(state.step, settings.fid_interval):
             fid = fid_of_samples(model, workdir / "fid" / str(state.step), accelerator, scoring)
@@ -171,8 +176,6 @@ def check_settings(config: ml_collections.ConfigDict, accelerator: Accelerator) 
     """Check the settings of a run, and leave logging to the main process."""
     if not accelerator.is_main_process:
         logging.set_verbosity(logging.ERROR)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("--use_fsdp is accelerate's own FSDP: launch as for DDP, and set config.train.sharded=True")
     utils.check_training(config)
     utils.check_sampling(config)
     build_stages(config)
@@ -190,6 +193,7 @@ def run_identity(
     """Collect what decides what a run computes, as nested JSON values, to be compared when it is resumed."""
     return {
         "config": config_json(config),
+        "code": code_version(),
         "mixed_precision": accelerator.mixed_precision,
         "data": {"n_records": len(dataset), "sha256": dataset.digest},
         "autoencoder": autoencoder.identity if autoencoder is not None else None,
@@ -224,8 +228,9 @@ def start_from(nnet: nn.Module, config: ml_collections.ConfigDict, resuming: boo
     """Load config.init.path, fitted to this network, unless `resuming`; freeze what config.init.freeze names."""
     if config.init.path and not resuming:
         file = checkpoint.find_weights(config.init.path)
-        if different := network_differences(config, file, but=("z_shape", "dataset.n_classes")):
-            logging.warning("%s was trained in another network: %s", file, "; ".join(different))
+        different = network_differences(config, file)
+        if lines := [line for name, line in different.items() if name not in ("z_shape", "dataset.n_classes")]:
+            logging.warning("%s was trained in another network: %s", file, "; ".join(lines))
         saved = checkpoint.saved_settings(file)
         stages = build_stages(config_from_json(saved["config"])) if saved else []
         grids = [(stage.max_height, stage.max_width) for stage in stages]

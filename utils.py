@@ -141,11 +141,6 @@ def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | N
             autoencoder=autoencoder.identity,
         )
         return dataset
-    if channels != 3:
-        raise UserError(
-            f"pixels need config.z_shape (3, height, width), found {tuple(config.z_shape)}; "
-            "latents need config.autoencoder.pretrained_path"
-        )
     dataset = ImageDataset(path, (height, width), flip=config.dataset.flip)
     if n_classes not in (0, dataset.n_classes):
         raise UserError(f"config.dataset.n_classes is {n_classes}, but {path} has {dataset.n_classes} folders")

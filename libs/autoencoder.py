@@ -1,4 +1,4 @@
-"""The autoencoder between pixels and latents: diffusers' `AutoencoderKL`, from whatever form its weights come in.
+"""Pixels as uint8, as floats and as latents: diffusers' `AutoencoderKL`, from whatever form its weights come in.
 
 Axes: B batch, C latent channels, H W pixels, h w latent cells (h = H / downsample).
 
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from libs import UserError
-from libs.files import hub_download
+from libs.files import SAFETENSORS, file_kind, hub_download
 
 # Stable Diffusion's KL-f8 autoencoder. Single files carry no config, so they are read as this one.
 SD_CONFIG = {
@@ -45,6 +45,30 @@ EXPECTED = (
 )
 
 
+def uint8_to_float(pixels: Tensor) -> Tensor:
+    """Map uint8 pixels of any shape to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def float_to_uint8(images: Tensor) -> Tensor:
+    """Map floats in [-1, 1] of any shape to uint8, clamping those beyond."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def finite(images: Tensor) -> Tensor:
+    """Find which of float images (B, ...) have neither NaN nor infinity: (B,) bool."""
+    return images.isfinite().flatten(1).all(dim=1)
+
+
+def check_finite(finite: Tensor) -> None:
+    """Raise UserError unless all images were finite (B,), which uint8 does not show. Waits for the device."""
+    if bad := int((~finite).sum()):
+        raise UserError(
+            f"{bad} of {len(finite)} images came out with NaN or infinity: the weights are damaged or diverged, "
+            "or fp16 overflows (set --mixed_precision bf16 or no)"
+        )
+
+
 class Autoencoder:
     """A frozen `AutoencoderKL` in eval mode.
 
@@ -60,16 +84,15 @@ class Autoencoder:
 
         Raises UserError if its latents are not normalized by one scale alone.
         """
-        config = vae.config
-        for name in ("shift_factor", "latents_mean", "latents_std"):
-            if config.get(name):
-                raise UserError(f"the autoencoder's config.json sets {name}={config[name]}: only a scale is supported")
-        scale = config.scaling_factor
-        if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
-            raise UserError(f"the autoencoder's config.json: scaling_factor must be a number above 0, found {scale!r}")
+        settings = vae.config
+        shifts = [f"{n}={settings[n]}" for n in ("shift_factor", "latents_mean", "latents_std") if settings.get(n)]
+        scale = settings.scaling_factor
+        if shifts or not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+            found = ", ".join([f"scaling_factor={scale!r}", *shifts])
+            raise UserError(f"an autoencoder must normalize by one scaling_factor above 0; its config sets {found}")
         self.scaling_factor = float(scale)
-        self.latent_channels = int(config.latent_channels)
-        self.downsample = 2 ** (len(config.block_out_channels) - 1)
+        self.latent_channels = int(settings.latent_channels)
+        self.downsample = 2 ** (len(settings.block_out_channels) - 1)
         self.identity = {"sha256": hash_weights(vae.state_dict()), "scaling_factor": self.scaling_factor}
         # Module.to itself: diffusers' override warns, wrongly, at every cast of a model loaded in its file's precision
         self.vae = torch.nn.Module.to(vae.eval().requires_grad_(False), device=device, dtype=dtype)
@@ -142,7 +165,7 @@ def load_autoencoder(
     """Load an autoencoder from a diffusers folder, a hub id or a single file.
 
     Args:
-        path: a folder with config.json and weights in diffusers format, or a pipeline folder holding it as `vae/`;
+        path: a folder in diffusers format, or a pipeline folder holding it as `vae/`;
             a hub id `owner/name`; or a .pth, .pt, .ckpt, .bin or .safetensors file of Stable Diffusion's KL-f8 under
             the names of CompVis (also a full Stable Diffusion checkpoint) or of diffusers.
         dtype: precision in which it computes (float32, float16 or bfloat16).
@@ -153,6 +176,8 @@ def load_autoencoder(
     """
     path = Path(path)
     if path.is_file():
+        if (kind := file_kind(path)) not in (None, SAFETENSORS):
+            raise UserError(f"{path} is {kind}: {EXPECTED}")
         load = _load_file
     elif path.is_dir():
         load = _load_folder
@@ -170,12 +195,12 @@ def load_autoencoder(
 
 def _fetch(hub_id: str) -> Path:
     """Return the folder of the hub's cache that holds the autoencoder."""
-    config = hub_download(hub_id, "config.json", whole_repository=True)
+    file = hub_download(hub_id, AutoencoderKL.config_name, whole_repository=True)
     try:
         hub_download(hub_id, "diffusion_pytorch_model.safetensors", whole_repository=True)
     except UserError:  # a repository from before safetensors
         hub_download(hub_id, "diffusion_pytorch_model.bin", whole_repository=True)
-    return config.parent
+    return file.parent
 
 
 def _load_folder(folder: Path) -> AutoencoderKL:
@@ -191,5 +216,5 @@ def _load_folder(folder: Path) -> AutoencoderKL:
 def _load_file(file: Path) -> AutoencoderKL:
     """Read tensors alone, no code: diffusers opens pickled files with weights_only=True."""
     with tempfile.TemporaryDirectory() as config:
-        (Path(config) / "config.json").write_text(json.dumps(SD_CONFIG))
+        Path(config, AutoencoderKL.config_name).write_text(json.dumps(SD_CONFIG))
         return AutoencoderKL.from_single_file(str(file), config=config, local_files_only=True)

@@ -1,12 +1,15 @@
-"""Weights files: where they are, their formats, their tensors' names (this project's and the released ones), metadata.
+"""Weights files and checkpoint folders: where they are, formats, tensors' names (own and released), metadata.
 
 Nothing here unpickles freely: `.pth` files are read with weights_only=True.
 """
 
+import argparse
 import json
 import math
+import os
 import pickle
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from libs import UserError
-from libs.files import hub_download, replacing
+from libs.files import (
+    SAFETENSORS,
+    file_digest,
+    file_kind,
+    flush_to_disk,
+    hub_download,
+    json_digest,
+    replacing,
+    replacing_folder,
+)
 
 RELEASED = "hf://QHL067/DiMR/DiMR-XL_2R_800epochs.pth"
 HUB = "hf://"
@@ -55,6 +67,8 @@ RENAMES = [
     (r"\.time_bias$", ".nodecay_bias"),
 ]
 
+WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # in names, put there by PyTorch
+NESTED = ("ema", "model_ema", "ema_state_dict", "state_dict", "model")  # where training checkpoints keep weights
 
 # --- Tensors and their names ------------------------------------------------------------------------------------------
 
@@ -67,8 +81,17 @@ def released_name(name: str) -> str:
 
 
 def to_own_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a state dict from released names to this project's; own and unknown names are kept."""
+    """Rename a state dict from released names to this project's; own and unknown names are kept.
+
+    What wrappers put into names goes (module., _orig_mod. and the like), and so does a prefix of all names (net.).
+    """
     own_names = {released_name(name): name for name in model.state_dict()}
+    state = {re.sub(WRAPPERS, "", name): tensor for name, tensor in state.items()}
+    some = next(iter(own_names.items()))
+    prefixes = {name.removesuffix(known) for name in state for known in some if name.endswith(f".{known}")}
+    if len(prefixes) == 1 and all(name.startswith(prefix := min(prefixes)) for name in state):
+        logging.info("the weights' names without %s", prefix)
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return {own_names.get(name, name): tensor for name, tensor in state.items()}
 
 
@@ -79,18 +102,18 @@ def fitting_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> 
         UserError: tensors missing, left over or of another shape, the first few named; `source` says in which file.
     """
     state, own = to_own_names(state, model), model.state_dict()
-    problems = [f"{name}: missing in the file" for name in own if name not in state]
-    problems += [f"{name}: not in the model" for name in state if name not in own]
-    problems += [
+    missing = [f"{name}: missing in the file" for name in own if name not in state]
+    other = [
         f"{name}: expected shape {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
         for name in own
         if name in state and own[name].shape != state[name].shape
     ]
-    if problems:
-        shown = "\n  ".join([*problems[:5], "..."][: len(problems)])
+    left_over = [f"{name}: not in the model" for name in state if name not in own]
+    if problems := missing + other + left_over:
+        shown = "\n  ".join([*problems[:3], *left_over[:2], "..."][: len(problems)])
         raise UserError(
-            f"{source} does not fit this model ({len(problems)} of {len(own)} tensors differ); was it trained with "
-            f"another config (--config, config.nnet, config.z_shape)?\n  {shown}"
+            f"{source} does not fit this model (of {len(own)} tensors {len(missing)} are missing and {len(other)} of "
+            f"another shape; {len(left_over)} are left over); was it trained with another config?\n  {shown}"
         )
     return {name: state[name] for name in own}
 
@@ -106,19 +129,31 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a `.safetensors`, `.pth` or `.pt` file, on the CPU.
+    """Read the tensors of a safetensors file or a PyTorch pickle (.pth, .pt), on the CPU.
+
+    Of a training checkpoint that nests them, the EMA weights are taken.
 
     Raises:
         UserError: no such file, a damaged one, or a pickle with anything but tensors in it (refused, not run).
+        OSError: it is there and cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a file, a <step>.ckpt folder, or released weights, {RELEASED}")
-    problem = None
+    kind = file_kind(path) or (SAFETENSORS if path.suffix == ".safetensors" else None)
+    problem = f"is {kind}, no weights" if kind else None
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            problem = "holds something else: expected a plain state dict of tensors"
+        if kind == SAFETENSORS:
+            state, problem = load_file(path), None
+        elif kind is None:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of a run, in DiT's checkpoints
+                state = torch.load(path, "cpu", weights_only=True)
+            while isinstance(state, dict) and (inner := next((key for key in NESTED if key in state), None)):
+                logging.info("%s: taking the weights under %r", path, inner)
+                state = state[inner]
+            if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+                found = f"the keys {list(state)[:5]}" if isinstance(state, dict) else type(state).__name__
+                problem = f"holds something else ({found}): expected a plain state dict of tensors"
     except SafetensorError as error:
         problem = f"is not a whole safetensors file ({error})"
     except pickle.UnpicklingError:
@@ -130,12 +165,24 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file and wait until it is on the disk; its mode is that of the umask.
+
+    safetensors itself (0.8) puts another file of mode 0600 in its place.
+    """
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    os.chmod(path, mode)
+    flush_to_disk(path)
+
+
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], setting: str = "--out") -> None:
     """Write a .safetensors file whole or not at all. Errors name `setting`, which chooses another place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(path, f"set {setting}") as file:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.name, metadata)
+            save_tensors(tensors, file.name, metadata)
     except SafetensorError as error:  # how safetensors says that the disk is full
         raise UserError(f"Cannot write {path}: {error}. Free space there, or set {setting}") from error
 
@@ -166,12 +213,6 @@ def find_weights(path: str | Path) -> Path:
     raise UserError(f"{path} is a folder without {EMA_FILE} or nnet_ema.pth (or {PIPELINE_FILE}): give a .ckpt folder")
 
 
-def checkpoint_folders(root: Path) -> list[Path]:
-    """List the checkpoint folders under `root`, newest step first."""
-    folders = [p for p in root.glob("*.ckpt") if p.is_dir() and p.stem.isdigit()]
-    return sorted(folders, key=lambda p: int(p.stem), reverse=True)
-
-
 def fetch_from_hub(address: str) -> Path:
     """Return the local path of hf://OWNER/REPOSITORY/FILE, from the hub's cache or else fetched into it.
 
@@ -183,7 +224,88 @@ def fetch_from_hub(address: str) -> Path:
     return hub_download(f"{owner}/{repository}", file)
 
 
-# --- What is saved with weights ---------------------------------------------------------------------------------------
+# --- Checkpoint folders -----------------------------------------------------------------------------------------------
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """List the checkpoint folders under `root`, newest step first."""
+    folders = [p for p in root.glob("*.ckpt") if p.is_dir() and p.stem.isdigit()]
+    return sorted(folders, key=lambda p: int(p.stem), reverse=True)
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    """Write a checkpoint folder so that it is either whole under its name or not there at all.
+
+    Args:
+        folder: written under a temporary name, flushed to disk and renamed to this.
+        tensors: {file name: named tensors}.
+        state: everything else, as JSON; the files' SHA-256, and its own, are added under "sha256".
+
+    Raises:
+        OSError, SafetensorError: it cannot be written, for example on a full disk.
+    """
+    with replacing_folder(folder) as temporary:
+        for name, named in tensors.items():
+            save_tensors(named, temporary / name)
+        digests = {name: file_digest(temporary / name) for name in tensors}
+        digests[STATE_FILE] = json_digest(state)
+        (temporary / STATE_FILE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
+        flush_to_disk(temporary / STATE_FILE)
+        flush_to_disk(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
+    flush_to_disk(folder.parent)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """Read (state, {file name: tensors}) of a checkpoint folder, its files checked against their SHA-256.
+
+    Raises:
+        UserError: a damaged checkpoint; the message names the file.
+        OSError: the system does not give a file that is there, which says nothing about the checkpoint.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        expected = state.pop("sha256")
+        found = {name: json_digest(state) if name == STATE_FILE else file_digest(folder / name) for name in expected}
+        if altered := [name for name in expected if found[name] != expected[name]]:
+            raise ValueError(f"{altered[0]} is not what was written (checksum differs)")
+        return state, {name: load_file(folder / name) for name in expected if name != STATE_FILE}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint: {error}") from error
+
+
+def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints up to `step` and those at multiples of `keep_interval` steps.
+
+    Those of later steps are damaged ones that were passed over: they neither count nor are touched. What a process
+    killed in writing has left is removed too. What cannot be removed is logged, and tried again the next time.
+    """
+    whole = [folder for folder in checkpoint_folders(root) if int(folder.stem) <= step]
+    old = [f for f in whole[keep_last:] if not (keep_interval and int(f.stem) % keep_interval == 0)]
+    for folder in [*old, *root.glob(".*.ckpt.tmp")]:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            logging.warning("%s could not be removed, training goes on: %s", folder, error)
+
+
+# --- Settings, and what is saved with weights -------------------------------------------------------------------------
+
+
+def flatten_dict(values: dict | list, prefix: str = "") -> dict:
+    """Flatten nested JSON values to {"a.b[0].c": value}."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    result = {}
+    for key, value in items:
+        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
+        result |= flatten_dict(value, name) if isinstance(value, (dict, list)) and value else {name: value}
+    return result
+
+
+def differences(found: dict, expected: dict) -> dict[str, str]:
+    """Describe the values that differ: {"scale": "scale: 1.4 there, 2.0 now"}."""
+    names = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    return {name: f"{name}: {found.get(name)} there, {expected.get(name)} now" for name in names}
 
 
 def settings_metadata(settings: dict) -> dict[str, str]:
@@ -199,7 +321,7 @@ def read_metadata(weights: Path) -> dict[str, str]:
 
 
 def saved_settings(weights: Path) -> dict | None:
-    """Read what is saved with a weights file, in its metadata or the state.json beside it; None if nothing is.
+    """Read what is saved with a weights file: in its metadata, a state.json or its pipeline; None if nothing is.
 
     Returns:
         {"config": the config as JSON values, "step": the training step or None, "class_names": the names of the classes
@@ -210,10 +332,15 @@ def saved_settings(weights: Path) -> dict | None:
     """
     try:
         found, beside = read_metadata(weights), weights.with_name(STATE_FILE)
+        index = weights.parent.parent / "model_index.json"  # of a pipeline
         if CONFIG_KEY in found:
             found = {key: json.loads(found[key]) for key in (CONFIG_KEY, "step", "class_names") if key in found}
         elif beside.is_file():
             found = json.loads(beside.read_text())
+        elif weights.match(PIPELINE_FILE) and index.is_file():
+            found = json.loads(index.read_text())
+            names = found["id2label"] and list(found["id2label"].values())
+            found = {**found["trained"], "class_names": names}
         else:
             return None
         names = found.get("class_names")
@@ -285,7 +412,7 @@ def freeze(model: nn.Module, pattern: str) -> list[str]:
     names = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
     if not names:
         example = next(name for name, _ in model.named_parameters())
-        raise UserError(f"config.init.freeze: {pattern!r} matches no parameter (names look like {example})")
+        raise UserError(f"init.freeze: {pattern!r} matches no parameter (names look like {example})")
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return names

@@ -2,6 +2,8 @@
 
 All of it is applied to a network from outside, in place. A faster form has the signature of the forward method that it
 replaces, which is its reference: the same numbers to round-off, values and gradients (tests/test_compile.py).
+
+Axes: B batch, h w grid, D channels (adjacent in memory), N tokens, k taps along a side of a kernel (odd).
 """
 
 import functools
@@ -15,11 +17,84 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from libs.depthwise import depthwise_conv, triton_depthwise_conv
-from libs.dimr import Attention, ConvNeXtBlock, DepthwiseConv, DiMR, GatedMLP, LongSkip, Upsample
+from libs.dimr import Attention, DepthwiseConv, DiMR, GatedMLP, LongSkip, Upsample
 from libs.norms import LAYER_NORM_EPS, at_least_float32, per_sample
 
 COMPILE = ("auto", "whole", "blocks", "off")
+
+# --- Depthwise convolution as one operation ---------------------------------------------------------------------------
+
+
+def as_image_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve a grid with zeros around it: (B, h, w, D), weight (D, 1, k, k) -> (B, h, w, D).
+
+    Seen as an image, channels-last features are in the layout that F.conv2d wants already.
+    """
+    dim, _, k, _ = weight.shape
+    y = F.conv2d(rearrange(x, "B h w D -> B D h w"), weight, padding=k // 2, groups=dim)
+    return rearrange(y, "B D h w -> B h w D")
+
+
+@torch.library.custom_op("dimr::depthwise", mutates_args=())
+def depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """`as_image_convolution`, which torch.compile does not look into: it would copy features to other layouts."""
+    return as_image_convolution(x.contiguous(), weight).contiguous()
+
+
+@torch.library.custom_op("dimr::depthwise_gradients", mutates_args=())
+def depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> list[Tensor]:
+    """Compute the gradients of x and the weights; an empty tensor for one that is not asked for."""
+    grad, x, nothing = grad.contiguous(), x.contiguous(), x.new_empty(0)
+    if x.device.type == "cpu":
+        return [
+            as_image_convolution(grad, weight.flip(2, 3)).contiguous() if of_x else nothing,
+            by_large_kernels(grad, x, weight) if of_weight else nothing,
+        ]
+    dim, _, k, _ = weight.shape
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        *(rearrange(a, "B h w D -> B D h w") for a in (grad, x)),
+        *(weight, None, [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], dim, [of_x, of_weight, False]),
+    )
+    return [
+        rearrange(grad_x, "B D h w -> B h w D").contiguous() if of_x else nothing,
+        grad_weight.flatten().view(weight.shape) if of_weight else nothing,  # with the strides of the weights
+    ]
+
+
+def by_large_kernels(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Compute the weight gradient as a convolution of x by grad, a kernel as large as the grid for each channel.
+
+    On a CPU oneDNN's own takes several times as long, most of all in bfloat16.
+    """
+    dim, _, k, _ = weight.shape
+    images = rearrange(at_least_float32(x), "B h w D -> 1 (B D) h w")
+    kernels = rearrange(at_least_float32(grad), "B h w D -> (B D) 1 h w")
+    taps = F.conv2d(images, kernels, padding=k // 2, groups=len(kernels))
+    return rearrange(taps, "1 (B D) ky kx -> B D 1 ky kx", D=dim).sum(0).to(weight.dtype)
+
+
+@depthwise_conv.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@depthwise_gradients.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> list[Tensor]:
+    return [x.new_empty(x.shape if of_x else 0), x.new_empty(weight.shape if of_weight else 0)]
+
+
+def keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def depthwise_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    gradients = depthwise_gradients(grad, *ctx.saved_tensors, *needed)
+    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True))
+
+
+depthwise_conv.register_autograd(depthwise_backward, setup_context=keep_inputs)
+
 
 # --- Faster forms when compiled ---------------------------------------------------------------------------------------
 
@@ -81,12 +156,6 @@ def upsample_by_parts(self: Upsample, features: list[Tensor], t: Tensor) -> Tens
     return self.norm_out(z, t)
 
 
-def convnext_with_triton(self: ConvNeXtBlock, x: Tensor, t: Tensor) -> Tensor:
-    """ConvNeXtBlock.forward with the Triton kernels of libs/depthwise.py, which add the residual in the same pass."""
-    x = triton_depthwise_conv(x, self.depthwise.weight, self.depthwise.bias, residual=True)
-    return x + self.mlp(x, t)
-
-
 def opaque_depthwise(self: DepthwiseConv, x: Tensor) -> Tensor:
     """DepthwiseConv.forward as one operation, which the compiler neither looks into nor lays out anew."""
     dtype = matmul_dtype(x)
@@ -121,7 +190,6 @@ Forms = dict[type[nn.Module], Callable[..., Tensor]]
 CPU_FORMS: Forms = {Attention: cpu_attention, DepthwiseConv: cpu_depthwise}
 COMPILED_FORMS: Forms = {GatedMLP: joined_gated_mlp, LongSkip: rounded_long_skip, Upsample: upsample_by_parts}
 COMPILED_GPU_FORMS: Forms = {Attention: padded_attention, DepthwiseConv: opaque_depthwise}
-TRITON_FORMS: Forms = {ConvNeXtBlock: convnext_with_triton}
 
 
 def use_forms(nnet: nn.Module, forms: Forms) -> None:
@@ -162,10 +230,11 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False, recompute
     if how == "off":
         return
     logging.info("torch.compile (%s): the first call takes minutes for a large network", how)
-    torch._dynamo.config.recompile_limit = 64  # branches share code, each compiled in training, without gradients, ...
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = 64  # branches share code, each compiled in training, without gradients, ...
     parts = [nnet]
     if how == "blocks":
-        torch._dynamo.config.optimize_ddp = False  # or blocks would be cut again, to send their gradients sooner
+        dynamo.optimize_ddp = False  # or blocks would be cut again, to send their gradients sooner
         parts = [stage.upsample for stage in nnet.stages[1:]]
         for stage in nnet.stages:
             parts += [*stage.blocks, *stage.skips, stage.head]
@@ -185,7 +254,8 @@ def with_fixed_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[.
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
         # Read as a call compiles; freezing is no option of torch.compile.
-        with torch._inductor.config.patch(freezing=True, cpp_wrapper=True):
+        inductor = torch._inductor.config
+        with inductor.patch(freezing=True, cpp_wrapper=True):
             return forward(*inputs)
 
     return call
@@ -208,7 +278,6 @@ MATMULS = [  # most of a block's time and little of its memory: kept by selectiv
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.convolution.default,
-    torch.ops.dimr.triton_depthwise.default,
     torch.ops.dimr.depthwise.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from libs import compilation
-from libs.dimr import DiMR
 
 BYTES_PER_WEIGHT = 16  # float32 weights, gradients and AdamW's two moments
 PRECISIONS = {"no": None, "fp16": torch.bfloat16, "bf16": torch.bfloat16}  # both take two bytes
@@ -44,8 +43,8 @@ def fake_inputs(shape: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor, Ten
     return torch.zeros(batch, *shape), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
 
 
-def branch_costs(nnet: DiMR, shape: tuple[int, ...]) -> list[BranchCost]:
-    """Count parameters and multiply-adds of each branch, coarsest first, of a network on the meta device.
+def branch_costs(nnet: nn.Module, shape: tuple[int, ...]) -> list[BranchCost]:
+    """Count parameters and multiply-adds of each branch, coarsest first, of a `DiMR` on the meta device.
 
     Args:
         shape: (C, H, W) of an image.
@@ -65,7 +64,7 @@ def branch_costs(nnet: DiMR, shape: tuple[int, ...]) -> list[BranchCost]:
 
 
 def training_memory(
-    build: Callable[[], DiMR], shape: tuple[int, ...], precision: str, recompute: str = "off", n_ema: int = 1
+    build: Callable[[], nn.Module], shape: tuple[int, ...], precision: str, recompute: str = "off", n_ema: int = 1
 ) -> TrainingMemory:
     """Count the memory of a training step whose blocks are compiled.
 

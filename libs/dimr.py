@@ -38,14 +38,17 @@ class StageSpec:
     head_kernel_size: int = 3  # convolution of the output head
 
     def __post_init__(self):
+        problems = []
         if self.block_type not in BLOCKS:
-            raise UserError(f"block_type must be one of {', '.join(BLOCKS)}; found {self.block_type!r}")
+            problems.append(f"block_type must be one of {', '.join(BLOCKS)}; found {self.block_type!r}")
         if self.depth % 2 == 0:  # the released code builds one more
-            raise UserError(f"depth of a stage must be odd; found {self.depth}: set {self.depth + 1} (as released)")
+            problems.append(f"depth of a stage must be odd; found {self.depth}: set {self.depth + 1} (as released)")
         if self.block_type == "TransformerBlock" and self.dim % self.num_heads:
-            raise UserError(f"num_heads must divide dim; found num_heads {self.num_heads} and dim {self.dim}")
+            problems.append(f"num_heads must divide dim; found num_heads {self.num_heads} and dim {self.dim}")
         if self.kernel_size % 2 == 0 or self.head_kernel_size % 2 == 0:
-            raise UserError(f"kernel sizes must be odd; found {self.kernel_size} and {self.head_kernel_size}")
+            problems.append(f"kernel sizes must be odd; found {self.kernel_size} and {self.head_kernel_size}")
+        if problems:
+            raise UserError("; ".join(problems))
 
 
 class GatedMLP(nn.Module):
@@ -256,13 +259,15 @@ class DiMR(nn.Module):
         block_grad_to_lowres: bool = False,
     ):
         super().__init__()
-        patches = [spec.patch_size for spec in stages]
+        patches, problems = [spec.patch_size for spec in stages], []
         if patches[-1:] != [1] or any(coarse % fine or coarse == fine for coarse, fine in itertools.pairwise(patches)):
-            raise UserError(f"patch sizes must each be a multiple of the next and end in 1; found {patches}")
+            problems.append(f"patch sizes must each be a multiple of the next and end in 1; found {patches}")
         if n_classes and not any(BLOCKS[spec.block_type].on_tokens for spec in stages):
-            raise UserError(f"{n_classes} classes need a TransformerBlock stage; found none (or set n_classes=0)")
+            problems.append(f"{n_classes} classes need a TransformerBlock stage; found none (or set n_classes=0)")
         if norm_type not in NORMS:
-            raise UserError(f"norm_type must be one of {', '.join(NORMS)}; found {norm_type!r}")
+            problems.append(f"norm_type must be one of {', '.join(NORMS)}; found {norm_type!r}")
+        if problems:
+            raise UserError("; ".join(problems))
         self.channels = channels
         self.n_classes = n_classes
         self.null_label = n_classes  # the last embedding: the class of classifier-free guidance's unconditional half

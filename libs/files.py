@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, files from the Hugging Face hub, digests, and the header of a .npy."""
+"""Files written whole or not at all, files from the Hugging Face hub, digests, the header of a .npy."""
 
 import hashlib
 import json
@@ -15,6 +15,8 @@ import huggingface_hub
 import numpy as np
 
 from libs import UserError
+
+SAFETENSORS = "a safetensors file"
 
 
 class WriteError(UserError, OSError):
@@ -45,11 +47,18 @@ def replacing(path: str | Path, advice: str = "set --out", sync: bool = True) ->
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a path for a new folder, which is renamed to `path` at the end of the block and removed on any error."""
+    """Yield a new folder, which is renamed to `path` at the end of the block and removed on any error.
+
+    Its files get the mode that the umask asks for, which safetensors passes over.
+    """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(temporary.stat().st_mode & 0o666)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,6 +120,20 @@ def hub_download(repository: str, file: str, whole_repository: bool = False) -> 
         ) from error
     finally:
         huggingface_hub.logging.set_verbosity(verbosity)
+
+
+def file_kind(path: str | Path) -> str | None:
+    """Tell by its first bytes what a file is that its name does not say; None for none of these."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page (of a download that failed?)"
+    if text.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs (run git lfs pull)"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return SAFETENSORS
+    return "a JSON file" if text.startswith((b"{", b"[")) else None
 
 
 def file_digest(path: str | Path) -> str:

@@ -31,16 +31,6 @@ class UnreadableImage(UserError):
     """A file that cannot be read as a picture; the message names it and the reason."""
 
 
-def uint8_to_float(pixels: Tensor) -> Tensor:
-    """Map uint8 pixels of any shape to float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
-def float_to_uint8(images: Tensor) -> Tensor:
-    """Map floats in [-1, 1] of any shape to uint8, clamping those beyond."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a PIL image of any mode to RGB, with transparency laid over white and 16 bits scaled to 8.
 
@@ -211,20 +201,6 @@ def _files_under(root, folder):
         below = Path(os.path.relpath(parent, root)).as_posix()
         found += [f"{below}/{name}" for name in files if _is_image(name) and not name.startswith(".")]
     return sorted(found)
-
-
-def finite(images: Tensor) -> Tensor:
-    """Find which of float images (B, ...) have neither NaN nor infinity: (B,) bool."""
-    return images.isfinite().flatten(1).all(dim=1)
-
-
-def check_finite(finite: Tensor) -> None:
-    """Raise UserError unless all images were finite (B,), which uint8 does not show. Waits for the device."""
-    if bad := int((~finite).sum()):
-        raise UserError(
-            f"{bad} of {len(finite)} images came out with NaN or infinity: the weights are damaged or diverged, "
-            "or fp16 overflows (set --mixed_precision bf16 or no)"
-        )
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

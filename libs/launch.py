@@ -21,7 +21,7 @@ import ml_collections
 import torch
 import torch.distributed as dist
 from absl import app, flags, logging
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -30,13 +30,38 @@ from libs import UserError
 TIMEOUT = timedelta(hours=2)  # of a collective operation: the main process may write or sample for long
 REQUEUE_STATUS = 75  # "temporary failure, try again" (EX_TEMPFAIL of sysexits.h)
 LOST = r"Connection (reset|closed) by peer|Broken pipe|remote process exited"  # of gloo and NCCL, for a dead process
+# Variables of accelerate's that are heeded, or say nothing while ACCELERATE_DYNAMO_BACKEND is dropped
+HEEDED = r"ACCELERATE_(MIXED_PRECISION|USE_CPU|CPU_AFFINITY|DEBUG_MODE|DYNAMO_(MODE|USE_\w+))$"
+OTHER_TRAINERS = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
 
 # --- Start and end ----------------------------------------------------------------------------------------------------
 
 
+def check_environment() -> bool:
+    """Check the variables that launchers set, and return whether to compute on the CPU.
+
+    accelerate's variables that would change what is computed are refused or dropped with a warning.
+    """
+    if "WORLD_SIZE" in os.environ and "MASTER_ADDR" not in os.environ:
+        raise UserError("WORLD_SIZE is set without MASTER_ADDR: unset it, or start by accelerate launch or torchrun")
+    for name, value in list(os.environ.items()):
+        off = value.lower() in ("", "0", "no", "false")
+        if name in OTHER_TRAINERS and not off:
+            raise UserError(f"{name}={value} is not supported: launch as for DDP; config.train.sharded is FSDP")
+        if name.startswith("ACCELERATE_") and not (off or re.match(HEEDED, name)):
+            logging.warning("%s=%s is ignored", name, value)
+            del os.environ[name]
+    return not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def make_state(timeout: timedelta) -> accelerate.PartialState:
+    """Find the processes of a program that does not train; collective operations may take as long as `timeout`."""
+    return accelerate.PartialState(cpu=check_environment(), timeout=timeout)
+
+
 def make_accelerator(**kwargs) -> accelerate.Accelerator:
     """Make the accelerator of this process; accelerate's own choice takes two CPU processes for two runs."""
-    on_cpu, precision = not torch.cuda.is_available(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    on_cpu, precision = check_environment(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     allowed = ("no", "bf16") if on_cpu else ("no", "bf16", "fp16")
     if precision not in allowed:  # accelerate takes fp16 on a CPU, and computes in float32
         device = "CPU" if on_cpu else "GPU"
@@ -173,22 +198,26 @@ def raise_on_all_ranks(state: accelerate.Accelerator | accelerate.PartialState) 
 
 
 class StopRequest:
-    """Note SIGTERM and SIGUSR1 (Slurm's warning), which ask for a checkpoint and an end at the next step.
+    """Note what asks for a checkpoint and an end at the next step: SIGTERM, SIGUSR1 (Slurm's warning), Ctrl+C or a
+    closed terminal, unless ignored from the start (as by nohup). A second Ctrl+C ends the program at once.
 
     So does the end of the launcher (accelerate launch, torchrun), which a signal kills without passing it on. A context
     manager: the former signal handlers come back after it.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self):
         self.received = ""
         self.launcher = os.getppid() if started_by_launcher() else None
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._note) for number in heeded}
         self.group = None
 
     def _note(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
+        if number == signal.SIGINT and self.launcher is None:  # torchrun sends it again to those that had it already
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
         """Tell whether any process has been asked to stop. A collective call, once a step.

@@ -11,8 +11,10 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import time
+from collections import deque
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from libs import UserError
+
+EXPLODED = 100  # a loss so many times the median of recent ones
 
 # Dense bf16/fp16 peak in FLOP/s by words of the device's name, the first that fit (data sheets, without sparsity).
 PEAK_FLOPS = {
@@ -130,6 +134,8 @@ class Logger:
         self.batch_size, self.flops_per_image = batch_size, flops_per_image
         self.losses = LossMeter(n_resolutions, accelerator.device)
         self.timer = StepTimer(accelerator.device)
+        self.recent: deque[float] = deque(maxlen=100)  # losses of the last log lines, but exploded ones
+        self.exploded = False  # is the last loss 100 times as large as is usual of late, or not finite?
         self.progress = tqdm(total=n_steps, initial=step, unit="step", disable=not main, dynamic_ncols=True)
         if main:
             drop_later_lines(self.path, step)
@@ -137,6 +143,8 @@ class Logger:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log `metrics` with the mean losses, times and throughput since the last line. A collective call."""
         metrics = {**self.losses.read(self.accelerator), **metrics, **self.timer.read()}
+        self.exploded = not metrics["loss"] <= EXPLODED * statistics.median(self.recent or [math.inf])
+        self.recent += [] if self.exploded else [metrics["loss"]]
         images_per_second, device = self.batch_size / metrics["seconds_per_step/all"], self.accelerator.device
         flops = images_per_second * self.flops_per_image / self.accelerator.num_processes
         metrics |= {"images_per_second": images_per_second, "tflops_per_device": flops / 1e12}
@@ -159,7 +167,8 @@ class Logger:
             except OSError as error:
                 logging.error("%s is given up, training goes on: %s", tracker.name, error)
                 self.accelerator.trackers.remove(tracker)
-        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        line = (json.dumps({"step": step, **numbers}) + "\n").encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
                 end = file.tell()

@@ -23,13 +23,19 @@ from torchvision.models import ResNet50_Weights
 
 import sde
 from libs import UserError
-from libs.autoencoder import Autoencoder, load_autoencoder
-from libs.checkpoint import PIPELINE_FILE, find_weights, fitting_weights, read_state_dict, saved_settings
+from libs.autoencoder import Autoencoder, finite, float_to_uint8, load_autoencoder
+from libs.checkpoint import (
+    PIPELINE_FILE,
+    differences,
+    find_weights,
+    fitting_weights,
+    flatten_dict,
+    read_state_dict,
+    saved_settings,
+)
 from libs.compilation import choose_compile, compile_network, round_weights
 from libs.dimr import DiMR, StageSpec
-from libs.images import finite, float_to_uint8
 from libs.randomness import SampleNoise, to_device
-from libs.sample_set import differences, flatten_dict
 from libs.solvers import SOLVERS, check_guidance, check_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,10 +87,10 @@ def network_settings(config: ConfigDict) -> dict:
     }
 
 
-def network_differences(config: ConfigDict, weights: Path, but: Sequence[str] = ()) -> list[str]:
-    """List how the `network_settings` saved with a weights file differ from a config's; nothing if none are saved."""
+def network_differences(config: ConfigDict, weights: Path) -> dict[str, str]:
+    """Return how the `network_settings` saved with a weights file differ from a config's; nothing if none are saved."""
     saved = saved_config(weights)
-    return differences(network_settings(saved), network_settings(config), but) if saved else []
+    return differences(network_settings(saved), network_settings(config)) if saved else {}
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -155,7 +161,7 @@ def read_network(
     if config is None:
         config = saved_config(file)
     elif different := network_differences(config, file):
-        raise UserError(f"{file} was trained with another config ({'; '.join(different)}): give that config")
+        raise UserError(f"{file} was trained with another config ({'; '.join(different.values())}): give that config")
     if config is None:
         raise UserError(f"no config is saved with {file}: give the one it was trained with as --config")
     nnet = build_network_on_meta(config)
@@ -164,26 +170,22 @@ def read_network(
 
 def open_autoencoder(config: ConfigDict, device: torch.device | str) -> Autoencoder | None:
     """Load the autoencoder of a latent model; None for a pixel model (config.autoencoder.pretrained_path is "")."""
-    path = config.autoencoder.pretrained_path
-    if not path:
-        return None
-    if not Path(path).exists() and (ROOT / path).exists():  # configs give paths from the repository's root
-        path = ROOT / path
-    autoencoder = load_autoencoder(path, device=device)
-    if autoencoder.latent_channels != config.z_shape[0]:
+    path, autoencoder, expected = config.autoencoder.pretrained_path, None, "pixels have 3"
+    if path:
+        if not Path(path).exists() and (ROOT / path).exists():  # configs give paths from the repository's root
+            path = ROOT / path
+        autoencoder = load_autoencoder(path, device=device)
+        expected = f"{path} has {autoencoder.latent_channels}"
+    if config.z_shape[0] != (autoencoder.latent_channels if autoencoder is not None else 3):
         raise UserError(
-            f"config.z_shape has {config.z_shape[0]} channels, the autoencoder {path} {autoencoder.latent_channels}"
+            f"{expected} channels, config.z_shape has {config.z_shape[0]}: set config.autoencoder.pretrained_path"
         )
     return autoencoder
 
 
 def image_size(config: ConfigDict, autoencoder: Autoencoder | None) -> tuple[int, int]:
-    """Return (H, W) in pixels of what is sampled. Raises UserError for what is no picture."""
-    channels, height, width = config.z_shape
-    if autoencoder is None and channels != 3:
-        raise UserError(
-            f"pixels have 3 channels, config.z_shape has {channels}: set config.autoencoder.pretrained_path for latents"
-        )
+    """Return (H, W) in pixels of what is sampled."""
+    _, height, width = config.z_shape
     factor = autoencoder.downsample if autoencoder is not None else 1
     return height * factor, width * factor
 
@@ -270,7 +272,7 @@ class Model:
     ) -> Sampler:
         """Return sample(indices, labels), the one way from a network to images.
 
-        It gives uint8 images (B, 3, H, W) and which of them were finite (B,), for `libs.images.check_finite`; both
+        It gives uint8 images (B, 3, H, W) and which of them were finite (B,), for `libs.autoencoder.check_finite`; both
         are on the device, for which a call does not wait. The null label is no class.
 
         Args:

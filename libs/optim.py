@@ -87,12 +87,17 @@ class EMA:
         return self.rate
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Average in the weights after update `step`, counted from 1."""
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Average in the weights after update `step`, from 1, unless `skipped`, a scalar on the device, is 1."""
         if self.pairs is None:
             self.pairs = [[sharding.local(p) for p in network.parameters()] for network in (self.model, self.source)]
         averaged, current = self.pairs
-        torch._foreach_lerp_(averaged, current, 1 - self.rate_at(step))
+        # SGD on |ema - weights|² / 2: a step of it is fused, and the device itself can skip it.
+        options = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
+        rate = 1 - self.rate_at(step)
+        torch._fused_sgd_(
+            *(averaged, current, []), lr=rate, weight_decay=1.0, maximize=True, found_inf=skipped, **options
+        )
 
 
 class PowerEMA(EMA):

@@ -9,12 +9,9 @@ The pipeline's scheduler, `SolverScheduler`, holds the noise schedule and the so
 """
 
 import inspect
-import json
 import numbers
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -26,10 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from libs import UserError
-from libs.autoencoder import Autoencoder
-from libs.checkpoint import PIPELINE_FILE, STATE_FILE
+from libs.autoencoder import Autoencoder, check_finite, finite, float_to_uint8
 from libs.dimr import DiMR, StageSpec
-from libs.images import check_finite, finite, float_to_uint8
 from libs.model import class_label
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, check_guidance, check_steps
@@ -110,7 +105,7 @@ class DiMRPipeline(DiffusionPipeline):
         schedule: noise schedule that the network was trained with; None: the scheduler's.
         id2label: {label: name}, so that classes can be called by names; their numbers where there is none.
         defaults: guidance_scale, guidance_power, guidance_interval and num_inference_steps of a call that gives none.
-        trained: {"config": of the run, as JSON values, "step"}, saved with the weights.
+        trained: {"config": of the run, as JSON values, "step"}, which `libs.checkpoint.saved_settings` reads again.
     """
 
     _optional_components: ClassVar[list[str]] = ["vae"]
@@ -132,13 +127,6 @@ class DiMRPipeline(DiffusionPipeline):
         names = {int(label): name for label, name in (id2label or {}).items()}
         self.names = [names.get(label, str(label)) for label in range(network.n_classes)]
         self.autoencoder = None
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save as diffusers does, the weights in one file and what is known of them beside it, as in a checkpoint."""
-        super().save_pretrained(save_directory, **{"max_shard_size": "1TB", **kwargs})
-        if self.config.trained:
-            state = Path(save_directory, PIPELINE_FILE).with_name(STATE_FILE)
-            state.write_text(json.dumps({**self.config.trained, "class_names": self.names}, indent=1))
 
     @torch.no_grad()
     def __call__(

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from libs import UserError
+from libs.checkpoint import differences
 from libs.files import read_json, replacing
 
 SETTINGS_FILE = "sampling.json"
@@ -148,22 +149,6 @@ def read_settings(folder: Path) -> dict:
         return {}
 
 
-def flatten_dict(values: dict | list, prefix: str = "") -> dict:
-    """Flatten nested JSON values to {"a.b[0].c": value}."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    result = {}
-    for key, value in items:
-        name = f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else key
-        result |= flatten_dict(value, name) if isinstance(value, (dict, list)) and value else {name: value}
-    return result
-
-
-def differences(found: dict, expected: dict, but: Sequence[str] = ()) -> list[str]:
-    """List the settings that differ: ["scale: 1.4 there, 2.0 now"]."""
-    names = [name for name in {**found, **expected} if name not in but and found.get(name) != expected.get(name)]
-    return [f"{name}: {found.get(name)} there, {expected.get(name)} now" for name in names]
-
-
 @dataclass(frozen=True)
 class Part:
     """One folder of a set: its settings, the indices of its images, and their labels, None without class_lab.txt."""
@@ -232,9 +217,9 @@ class SampleSet:
         first = parts[0]
         self.settings = {name: value for name, value in first.settings.items() if name != RANGE}
         for part in parts[1:]:
-            different = differences(part.settings, first.settings, but=(RANGE,))
+            different = differences(part.settings, {**first.settings, RANGE: part.settings.get(RANGE)})
             if different or RANGE not in part.settings:
-                reason = "; ".join(different) or f"no {RANGE} in {SETTINGS_FILE}"
+                reason = "; ".join(different.values()) or f"no {RANGE} in {SETTINGS_FILE}"
                 raise UserError(f"{part.folder} and {first.folder} are of two sets ({reason}): give parts of one")
         self.folders = [part.folder for part in parts]
         self.count = parts[-1].indices.stop

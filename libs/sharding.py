@@ -32,7 +32,7 @@ def shard(nnet: nn.Module, copies: Iterable[nn.Module], device: torch.device) ->
     """
     n_processes = dist.get_world_size() if dist.is_initialized() else 1
     if n_processes == 1:
-        raise UserError("config.train.sharded needs several processes, found 1: start more, or set it to False")
+        raise UserError("train.sharded needs several processes, found 1: start more, or set it to False")
     mesh = init_device_mesh(device.type, (n_processes,))
     for stage in nnet.stages:
         upsample = [stage.upsample] if hasattr(stage, "upsample") else []

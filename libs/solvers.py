@@ -240,8 +240,8 @@ class Solver:
         return self.solve(noise_model, schedule, x, steps, draw)
 
 
-# config.sample.algorithm. Times are uniform in t where the released sampler or the paper has it, uniform in lambda for
-# the multistep solvers, which are far more exact there (benchmarks/results/solvers.md), and EDM's for heun.
+# Times are uniform in t where the released sampler or the paper has it, uniform in lambda for the multistep solvers,
+# which are far more exact there (benchmarks/results/solvers.md), and EDM's for heun.
 SOLVERS: dict[str, Solver] = {
     "dpm_solver": Solver(lambda f, s, x, n, _: dpm_solver_fast(f, s, x, n, 3), least_steps=3),  # released
     "dpm_solver_1": Solver(lambda f, s, x, n, _: dpm_solver_fast(f, s, x, n, 1)),
@@ -278,5 +278,5 @@ def check_guidance(scale: float, power: float | None, interval: tuple[float, flo
         raise UserError(f"the power of the guidance schedule must be at least 0 (0: constant scale); found {power:g}")
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
         raise UserError(
-            f"config.sample.interval must be (low, high) in sigma / alpha with 0 <= low < high; found {tuple(interval)}"
+            f"the guidance interval must be (low, high) in sigma / alpha with 0 <= low < high; found {tuple(interval)}"
         )

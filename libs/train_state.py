@@ -5,16 +5,13 @@ state: data order and noise follow from the seed and the step. Nothing in it dep
 whether they train by DDP or FSDP.
 """
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from absl import logging
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,15 +23,16 @@ from libs import UserError
 from libs.checkpoint import (
     EMA_FILE,
     OPTIMIZER_FILE,
-    STATE_FILE,
     WEIGHTS_FILE,
     checkpoint_folders,
+    differences,
+    flatten_dict,
     load_weights,
+    prune_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
 )
-from libs.files import file_digest, flush_to_disk, json_digest
-from libs.logger import code_version
 from libs.optim import EMA, PowerEMA, clip_or_skip
-from libs.sample_set import flatten_dict
 from libs.sharding import split_like
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole on the main process, {} on the others
@@ -46,7 +44,7 @@ MUST_MATCH = re.compile(
 )
 # Settings that may differ between the processes of a run: where files lie, and who writes
 MAY_DIFFER = re.compile(
-    r"config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path|init\.path|fid_stat|sample\.autoguidance_\w+)"
+    r"code|config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path|init\.path|fid_stat|sample\.autoguidance_\w+)"
 )
 
 
@@ -92,9 +90,14 @@ class TrainState:
         else:
             self.optimizer.step()
         self.step += 1
+        skipped = (self.skipped[0] > 0).float()
         for ema in self.emas.values():
-            ema.update(self.step)
+            ema.update(self.step, skipped)
         return norm
+
+    def skipping(self) -> bool:
+        """Tell whether the last update was skipped. Waits for the device."""
+        return self.skipped[0].item() > 0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Gather the tensors of a checkpoint by file, whole on the main process. A collective call under FSDP.
@@ -107,8 +110,10 @@ class TrainState:
         result[OPTIMIZER_FILE] = {f"{key}/{name}": t for name, state in moments.items() for key, t in state.items()}
         return result
 
-    def save(self, root: Path, run: dict, main: bool, keep_last: int, keep_interval: int) -> None:
+    def save(self, root: Path, run: dict, main: bool, keep_last: int, keep_interval: int, healthy: bool = True) -> None:
         """Write <root>/<step>.ckpt on the main process, and prune older ones. All processes have to call it.
+
+        Nothing is pruned while updates are skipped or the run is not `healthy`: the good checkpoints are older ones.
 
         A checkpoint that cannot be written (a full disk) is lost; the run and the older checkpoints are not.
 
@@ -121,12 +126,13 @@ class TrainState:
             return
         scaler = self.scaler.state_dict() if self.scaler is not None else None
         try:
-            save_checkpoint(folder, tensors, {"step": self.step, "scaler": scaler, "code": code_version(), **run})
+            save_checkpoint(folder, tensors, {"step": self.step, "scaler": scaler, **run})
         except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
             logging.error("checkpoint %s is lost, training goes on: %s", folder, error)
             return
         self.saved_step = self.step
-        prune_checkpoints(root, self.step, keep_last, keep_interval)
+        if healthy and not self.skipping():
+            prune_checkpoints(root, self.step, keep_last, keep_interval)
 
     def resume(self, root: Path, run: dict) -> None:
         """Load the newest whole checkpoint under `root`, if there is any; damaged ones are named and passed over.
@@ -135,15 +141,20 @@ class TrainState:
             run: see `check_same_run`.
 
         Raises:
-            UserError: it is of a run with other settings, none is whole, or processes found different ones.
+            UserError: it is of a run with other settings or of another program, the system does not let it be read,
+                none is whole, or processes found different ones.
         """
         folders = checkpoint_folders(root)
+        if others := [folder for folder in folders if (folder / "nnet.pth").exists()]:
+            raise UserError(f"{others[0]} is of another program: set another --workdir, and config.init.path to it")
         for folder in folders:
             try:
                 saved, tensors = read_checkpoint(folder)
             except UserError as error:
                 logging.warning("passed over: %s", error)
                 continue
+            except OSError as error:  # to train on from an older one would replace it
+                raise UserError(f"{folder} cannot be read now, and nothing was changed: {error}") from error
             check_same_run(run, saved, folder)
             load_weights(self.nnet, tensors[WEIGHTS_FILE], str(folder))
             for file, ema in self.emas.items():
@@ -156,7 +167,7 @@ class TrainState:
             break
         steps = gather_object([self.step])
         if folders and not self.step:
-            raise UserError(f"none of the {len(folders)} checkpoints in {root} is whole: remove them to start anew")
+            raise UserError(f"none of the {len(folders)} checkpoints in {root} is whole: set another --workdir")
         if len(set(steps)) > 1:
             raise UserError(f"processes found different checkpoints in {root}, steps {steps}: share one --workdir")
 
@@ -185,15 +196,11 @@ def check_same_run(run: dict, saved: dict, folder: Path) -> None:
     Raises:
         UserError: they differ in what `MUST_MATCH`; all such settings are named, with both values.
     """
-    now, then = flatten_dict(run), flatten_dict({name: saved.get(name) for name in run})
-    changed = [name for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
-    lines = {name: f"{name}: {then.get(name)} there, {now.get(name)} now" for name in changed}
+    lines = differences(flatten_dict({name: saved.get(name) for name in run}), flatten_dict(run))
     if refused := [line for name, line in lines.items() if MUST_MATCH.fullmatch(name)]:
         raise UserError(f"{folder} is of another run ({'; '.join(refused)}): set another --workdir, or these as there")
     if lines:
         logging.warning("settings changed since %s: %s", folder, "; ".join(lines.values()))
-    if saved["code"] != code_version():
-        logging.warning("%s was written by code %s, this is %s", folder, saved["code"], code_version())
 
 
 def check_same_everywhere(run: dict) -> None:
@@ -209,67 +216,3 @@ def check_same_everywhere(run: dict) -> None:
         if names:
             found = "; ".join(f"{name}: {first.get(name)} on 0, {other.get(name)} on {process}" for name in names)
             raise UserError(f"processes 0 and {process} were started differently ({found}): give all the same command")
-
-
-# --- Checkpoint folders -----------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
-    """Write a checkpoint folder so that it is either whole under its name or not there at all.
-
-    Args:
-        folder: written under a temporary name, flushed to disk and renamed to this.
-        tensors: {file name: named tensors}.
-        state: everything else, as JSON; the files' SHA-256, and its own, are added under "sha256".
-
-    Raises:
-        OSError, SafetensorError: it cannot be written, for example on a full disk.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for name, named in tensors.items():
-            save_file({k: v.detach().contiguous() for k, v in named.items()}, temporary / name)
-        digests = {name: file_digest(temporary / name) for name in tensors}
-        digests[STATE_FILE] = json_digest(state)
-        (temporary / STATE_FILE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
-        for path in [*temporary.iterdir(), temporary]:
-            flush_to_disk(path)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
-        temporary.rename(folder)
-        flush_to_disk(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def read_checkpoint(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """Read (state, {file name: tensors}) of a checkpoint folder, its files checked against their SHA-256.
-
-    Raises:
-        UserError: a damaged checkpoint; the message names the file.
-    """
-    try:
-        state = json.loads((folder / STATE_FILE).read_text())
-        expected = state.pop("sha256")
-        found = {name: json_digest(state) if name == STATE_FILE else file_digest(folder / name) for name in expected}
-        if altered := [name for name in expected if found[name] != expected[name]]:
-            raise ValueError(f"{altered[0]} is not what was written (checksum differs)")
-        return state, {name: load_file(folder / name) for name in expected if name != STATE_FILE}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint: {error}") from error
-
-
-def prune_checkpoints(root: Path, step: int, keep_last: int, keep_interval: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints up to `step` and those at multiples of `keep_interval` steps.
-
-    Those of later steps are damaged ones that were passed over: they neither count nor are touched. What a process
-    killed in writing has left is removed too. What cannot be removed is logged, and tried again the next time.
-    """
-    whole = [folder for folder in checkpoint_folders(root) if int(folder.stem) <= step]
-    old = [f for f in whole[keep_last:] if not (keep_interval and int(f.stem) % keep_interval == 0)]
-    for folder in [*old, *root.glob(".*.ckpt.tmp")]:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            logging.warning("%s could not be removed, training goes on: %s", folder, error)

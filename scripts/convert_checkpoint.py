@@ -11,8 +11,8 @@ weights), a pipeline folder, or hf://OWNER/REPOSITORY/FILE. OUT decides what is 
 
 Beside the first and in the last is a short model card, README.md. Tensors stay as they are, to the bit, in whatever
 precision they are stored. The config is --config, or else what was saved with the weights: inside a .safetensors, in a
-checkpoint's or pipeline's state.json. For the released files it is configs/DiMR-XL-2R_imagenet256.py or
-configs/DiMR-G-2R_imagenet256.py.
+checkpoint's state.json or a pipeline's model_index.json. For the released files it is DiMR-XL-2R_imagenet256.py or
+DiMR-G-2R_imagenet256.py of configs/.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def convert(weights: str, out: Path, config_path: str | None = None) -> None:
     else:
         with replacing_folder(out) as folder:
             pipe.save_pretrained(folder)
-            write_card(folder, out.name, state, file, "network/state.json")
+            write_card(folder, out.name, state, file, "model_index.json")
     print(f"{out}: {len(state)} tensors of {file}")
 
 

@@ -19,16 +19,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import accelerate
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 import utils
 from libs import UserError
 from libs.files import check_writable
 from libs.inception import find_inception
-from libs.launch import errors_in_one_line
+from libs.launch import TIMEOUT, errors_in_one_line, make_state
 from libs.metrics import NpzImages, open_reference
 from libs.report import NAMES, usual_mistakes, write_report
 from libs.sample_set import SampleSet
@@ -48,7 +45,7 @@ def evaluate(args: argparse.Namespace) -> None:
     samples = SampleSet(*args.samples) if folders[0] else NpzImages(*args.samples)
     reference = open_reference(args.reference)
     weights = find_inception(ASSETS)
-    state = accelerate.PartialState(cpu=not torch.cuda.is_available())
+    state = make_state(TIMEOUT)
     scores = utils.score_sets(samples, reference, weights, state, args.batch_size)
     if state.is_main_process:
         for name, title in NAMES.items():

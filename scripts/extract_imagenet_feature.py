@@ -31,10 +31,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
-from libs.autoencoder import load_autoencoder
-from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides, uint8_to_float
+from libs.autoencoder import load_autoencoder, uint8_to_float
+from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
-from libs.launch import errors_in_one_line, raise_on_all_ranks
+from libs.launch import errors_in_one_line, make_state, raise_on_all_ranks
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w)
 AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
@@ -206,8 +206,8 @@ def finish(writer: StoreWriter, tree: ImageTree, unreadable: list[tuple[int, str
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     # Processes finish shards at different times: wait for hours, not for the default minutes.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     with errors_in_one_line():
+        state = make_state(timedelta(hours=12))
         extract(args, state)
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -15,9 +15,8 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.autoencoder import Autoencoder, load_autoencoder
+from libs.autoencoder import Autoencoder, float_to_uint8, load_autoencoder
 from libs.files import check_writable, replacing
-from libs.images import float_to_uint8
 from libs.latents import LatentStore
 from libs.launch import errors_in_one_line
 

@@ -36,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import sde
 import utils
 from libs import UserError, launch
+from libs.autoencoder import check_finite
 from libs.checkpoint import checkpoint_folders
 from libs.files import check_writable, replacing
-from libs.images import check_finite, draw_sheet
+from libs.images import draw_sheet
 from libs.launch import errors_in_one_line
 from libs.model import Model, class_label
 

@@ -29,8 +29,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
+from libs.autoencoder import float_to_uint8, uint8_to_float
 from libs.files import check_writable, replacing, replacing_folder
-from libs.images import ImageTree, float_to_uint8, read_image, uint8_to_float
+from libs.images import ImageTree, read_image
 from libs.launch import errors_in_one_line
 
 IMAGE_SIZE = 32

@@ -199,7 +199,7 @@ def test_autoencoder_with_a_shift_is_refused():
 
 @pytest.mark.parametrize("scale", [None, 0, -1.0, math.nan, "1"])
 def test_autoencoder_without_a_scale_is_refused(scale):
-    with pytest.raises(UserError, match="scaling_factor must be a number above 0, found"):
+    with pytest.raises(UserError, match="normalize by one scaling_factor above 0; its config sets scaling_factor="):
         Autoencoder(AutoencoderKL(**{**TINY, "scaling_factor": scale}))
 
 

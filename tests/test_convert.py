@@ -1,7 +1,9 @@
 """Weights in every form: the same tensors to the bit after every way round, and one clear line where there is none."""
 
+import argparse
 import csv
 import json
+import os
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from conftest import ROOT, load_config, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from libs import checkpoint
-from libs.checkpoint import find_weights, read_state_dict, released_name
+import utils
+from libs import UserError, checkpoint
+from libs.checkpoint import find_weights, read_state_dict, released_name, save_checkpoint
 from libs.files import file_digest
-from libs.model import build_network, build_network_on_meta, config_from_json, config_json
+from libs.model import build_network, build_network_on_meta, config_from_json, config_json, read_network
 from scripts import convert_checkpoint as converting
 
 
@@ -97,6 +100,71 @@ def test_a_training_checkpoint_brings_its_config_step_and_a_card(state, tiny_con
     card.write_text("Trained on digits.")  # somebody has filled it in
     converting.convert(str(out), out.with_name("b.safetensors"))
     assert card.read_text() == "Trained on digits." and f"{card} is kept as it is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+        lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+        lambda state: {name.replace("blocks.", "blocks._orig_mod."): tensor for name, tensor in state.items()},
+        lambda state: {f"net.inner.{name}": tensor for name, tensor in state.items()},
+        lambda state: {"ema": state, "model": {}, "opt": {"step": 3}, "args": argparse.Namespace(lr=1e-4)},
+        lambda state: {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"model": {"ema": state}},
+    ],
+    ids=["DDP", "compiled", "compiled blocks", "a prefix", "DiT's", "Lightning's", "nested twice"],
+)
+def test_weights_as_other_programs_keep_them(state, config_file, tmp_path, wrap):
+    for names, source in ((str, "own"), (released_name, "released")):
+        torch.save(wrap({names(name): tensor for name, tensor in state.items()}), tmp_path / f"{source}.pth")
+        _, found, _, _ = read_network(tmp_path / f"{source}.pth", utils.load_config(config_file))
+        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html><html>404</html>", "is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of git-lfs"),
+        (b'{"error": "not found"}', "is a JSON file"),
+        (b"", "is not a whole safetensors file|could not be read as a plain state dict: EOFError"),
+    ],
+)
+def test_files_that_are_no_weights_are_named(tmp_path, ending, content, message):
+    (tmp_path / f"w.{ending}").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_state_dict(tmp_path / f"w.{ending}")
+
+
+def test_safetensors_under_another_name(state, tmp_path):
+    save_file(state, tmp_path / "weights.pth")
+    assert read_state_dict(tmp_path / "weights.pth").keys() == state.keys()
+
+
+def test_weights_of_another_program_are_counted_and_named(state, config_file, tmp_path):
+    torch.save({"generator": state, "steps": 3}, tmp_path / "gan.pth")
+    with pytest.raises(UserError, match=r"holds something else \(the keys \['generator', 'steps'\]\)"):
+        read_state_dict(tmp_path / "gan.pth")
+    more = {f"other.{i}": torch.zeros(1) for i in range(500)}
+    torch.save({**state, **more}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=rf"of {len(state)} tensors 0 are missing and 0 .*; 500 are left over"):
+        read_network(tmp_path / "more.pth", utils.load_config(config_file))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_asks_for(state, config_file, tmp_path, umask, mode):
+    torch.save(state, tmp_path / "released.pth")
+    former = os.umask(umask)
+    try:
+        for out in ("a.safetensors", "pipeline"):
+            converting.convert(str(tmp_path / "released.pth"), tmp_path / out, str(config_file))
+        save_checkpoint(tmp_path / "1.ckpt", {"nnet.safetensors": state}, {"step": 1})
+    finally:
+        os.umask(former)
+    files = [file for file in tmp_path.rglob("*.safetensors") if file.parts[-2] != "autoencoder"]
+    assert len(files) == 4 and {file.stat().st_mode & 0o777 for file in files} == {mode}
 
 
 def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):

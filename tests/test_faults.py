@@ -128,7 +128,7 @@ def test_killed_at_any_moment_it_resumes_exactly(tiny_config, tmp_path, precisio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_signals_save_and_ask_for_a_requeue(tiny_config, tmp_path, number):
     tiny_config.train.update(n_steps=5000, save_interval=0, eval_interval=0)
     process = start(tiny_config, tmp_path / "run")
@@ -160,6 +160,39 @@ def test_a_signal_to_the_launcher_saves_too(tiny_config, tmp_path):
         time.sleep(0.05)
     step = int((tmp_path / "requeue").read_text())
     assert [p.name for p in (tmp_path / "ckpts").iterdir()] == [f"{step}.ckpt"]
+
+
+@pytest.mark.slow
+def test_control_c_under_a_launcher_saves_on_all_processes(tiny_config, tmp_path):
+    """The terminal sends it to the launcher and to the processes, and torchrun sends it to them again."""
+    tiny_config.train.update(n_steps=5000, save_interval=0, eval_interval=0, batch_size=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+    command += [*overrides(tiny_config), f"--workdir={tmp_path}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for_step(tmp_path, 3)
+    os.killpg(launcher.pid, signal.SIGINT)
+    launcher.wait(60)
+    step = int((tmp_path / "requeue").read_text())
+    assert [p.name for p in (tmp_path / "ckpts").iterdir()] == [f"{step}.ckpt"]
+
+
+def test_a_second_control_c_ends_at_once_and_nohup_is_heeded():
+    code = """if True:
+        import os, signal
+        from libs.launch import StopRequest
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.agreed()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.agreed()
+            print("saving", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("not reached")
+    """
+    done = run("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "saving\n", "")
 
 
 def test_a_signal_at_the_last_step_asks_for_nothing_more(tiny_config, tmp_path, monkeypatch):
@@ -224,19 +257,19 @@ def test_a_disk_full_for_some_steps(tiny_config, tmp_path):
 
 def test_full_disk_loses_one_checkpoint_only(tiny_config, tmp_path, monkeypatch):
     """No file may grow past 1000 bytes while the second checkpoint is written: safetensors' own error, half a file."""
-    save_file, calls = train_state.save_file, []
+    save_file, calls = checkpoint.save_file, []
 
-    def refused_once(tensors, path):
+    def refused_once(tensors, path, metadata):
         calls.append(path)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if len(calls) == 5:  # in the middle of the second checkpoint
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
-            save_file(tensors, path)
+            save_file(tensors, path, metadata)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(train_state, "save_file", refused_once)
+    monkeypatch.setattr(checkpoint, "save_file", refused_once)
     tiny_config.train.save_interval = 2
     training.train(tiny_config, tmp_path)
     assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["2.ckpt", "6.ckpt"]
@@ -305,7 +338,7 @@ def test_old_checkpoints_are_pruned(tiny_config, tmp_path):
 def test_pruning_never_trades_a_whole_checkpoint_for_a_damaged_one(tmp_path):
     for step in (80, 90, 100):
         (tmp_path / f"{step}.ckpt").mkdir()
-    train_state.prune_checkpoints(tmp_path, step=90, keep_last=1, keep_interval=0)  # 100 was passed over
+    checkpoint.prune_checkpoints(tmp_path, step=90, keep_last=1, keep_interval=0)  # 100 was passed over
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["100.ckpt", "90.ckpt"]
 
 
@@ -318,11 +351,60 @@ def test_a_checkpoint_that_cannot_be_removed_is_kept(tiny_config, tmp_path, monk
             raise OSError(errno.EBUSY, "Device or resource busy", str(path))
         remove(path, ignore_errors, **kwargs)
 
-    monkeypatch.setattr(train_state.shutil, "rmtree", refused)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refused)
     tiny_config.train.update(n_steps=3, save_interval=1, keep_last=1)
     training.train(tiny_config, tmp_path)
     assert sorted(p.name for p in (tmp_path / "ckpts").iterdir()) == ["1.ckpt", "3.ckpt"]
     assert "1.ckpt could not be removed, training goes on: [Errno 16] Device or resource busy" in caplog.text
+
+
+def test_a_divergence_spoils_no_more_than_it_must(tiny_config, tmp_path, monkeypatch):
+    """From step 5 on the learning rate is huge, from step 9 on gradients are not finite."""
+    tiny_config.train.update(n_steps=30, save_interval=2, keep_last=2, keep_interval=0)
+    update, emas = train_state.TrainState.update, []
+
+    def diverge(self, max_norm):
+        if self.step >= 8:
+            next(self.nnet.parameters()).grad.fill_(torch.nan)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1.0 if self.step >= 4 else group["lr"]
+        norm = update(self, max_norm)
+        emas.append(torch.cat([p.flatten().clone() for p in next(iter(self.emas.values())).model.parameters()]))
+        return norm
+
+    monkeypatch.setattr(train_state.TrainState, "update", diverge)
+    monkeypatch.setattr(training, "MAX_SKIPPED", 20)
+    with pytest.raises(UserError, match=r"20 updates in a row up to step 28 .* \(last checkpoint before: step 8\)"):
+        training.train(tiny_config, tmp_path)
+    assert torch.equal(emas[7], emas[-1]) and not torch.equal(emas[6], emas[7])
+    kept = sorted(int(folder.stem) for folder in (tmp_path / "ckpts").iterdir())
+    assert kept[-1] == 8 and kept[0] <= 4  # those of exploded losses have pushed out no good one
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert lines[-1]["grad_norm"] is None
+
+
+def test_a_save_on_a_skipped_update_waits_for_a_good_one(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.update(n_steps=6, save_interval=2)
+    update = train_state.TrainState.update
+
+    def skip(self, max_norm):
+        if self.step in (1, 2):
+            next(self.nnet.parameters()).grad.fill_(torch.inf)
+        return update(self, max_norm)
+
+    monkeypatch.setattr(train_state.TrainState, "update", skip)
+    assert training.train(tiny_config, tmp_path) == 0
+    assert sorted(folder.name for folder in (tmp_path / "ckpts").iterdir()) == ["4.ckpt", "6.ckpt"]
+
+
+def test_a_run_whose_updates_are_all_skipped_is_not_trained(tiny_config, tmp_path, monkeypatch):
+    read = LatentStore.read
+    monkeypatch.setattr(
+        LatentStore, "read", lambda self, indices: (read(self, indices)[0] * np.nan, read(self, indices)[1])
+    )
+    with pytest.raises(UserError, match="6 updates in a row up to step 6 were not finite"):
+        training.train(tiny_config, tmp_path)
+    assert not (tmp_path / "ckpts").exists()
 
 
 def test_not_finite_updates_are_skipped_and_counted(tiny_config, tmp_path, monkeypatch):
@@ -344,9 +426,9 @@ def test_not_finite_updates_are_skipped_and_counted(tiny_config, tmp_path, monke
     calls.clear()
     tiny_config.train.save_interval = 1
     monkeypatch.setattr(training, "MAX_SKIPPED", 2)
-    with pytest.raises(UserError, match=r"2 updates in a row up to step 3 were not finite \(last checkpoint: step 2\)"):
+    with pytest.raises(UserError, match=r"2 updates in a row up to step 3 .* \(last checkpoint before: step 1\)"):
         training.train(tiny_config, tmp_path / "stopped")
-    _, tensors = read_checkpoint(tmp_path / "stopped" / "ckpts" / "2.ckpt")
+    _, tensors = read_checkpoint(tmp_path / "stopped" / "ckpts" / "1.ckpt")
     assert all(torch.isfinite(t).all() for t in tensors["nnet.safetensors"].values())
 
 
@@ -381,8 +463,31 @@ def test_damaged_checkpoints_are_passed_over(tiny_config, workdir, caplog):
     read_checkpoint(state_file.parent)  # written again, whole
     for folder in (workdir / "ckpts").iterdir():
         (folder / "nnet.safetensors").unlink()
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .*ckpts is whole: remove them"):
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .*ckpts is whole: set another --workdir"):
         training.train(tiny_config, workdir)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_replaced(tiny_config, workdir, monkeypatch, number):
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+    def refused(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "file_digest", refused)
+    tiny_config.train.n_steps = 8
+    with pytest.raises(UserError, match=rf"6\.ckpt cannot be read now, .*{os.strerror(number)}"):
+        training.train(tiny_config, workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_checkpoints_of_another_program_are_not_touched(tiny_config, tmp_path):
+    theirs = tmp_path / "ckpts" / "50000.ckpt" / "nnet.pth"
+    theirs.parent.mkdir(parents=True)
+    torch.save({}, theirs)
+    with pytest.raises(UserError, match=r"50000\.ckpt is of another program: .* config.init.path to it"):
+        training.train(tiny_config, tmp_path)
+    assert list(tmp_path.rglob("*.*")) == [theirs.parent, theirs]
 
 
 def test_a_pickle_to_start_from_is_refused_in_one_line(tiny_config, tmp_path):
@@ -504,7 +609,7 @@ def test_ema_is_one_operation_whatever_the_model():
     ema = EMA(model, 0.9)
     with torch.profiler.profile() as profile:
         ema.update(1)
-    assert sum(event.count for event in profile.key_averages() if event.key == "aten::_foreach_lerp_") == 1
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::_fused_sgd_") == 1
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])

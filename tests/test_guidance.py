@@ -94,7 +94,7 @@ def test_a_guiding_network_is_conditioned_on_the_same_labels():
         ((0.4, None), r"at least 1 .* its 0.4 is --cfg=1.4 here"),
         ((1.4, -1.0), r"at least 0 \(0: constant scale\); found -1"),
         *(
-            ((1.5, None, interval), r"config.sample.interval must be \(low, high\) in sigma / alpha")
+            ((1.5, None, interval), r"the guidance interval must be \(low, high\) in sigma / alpha")
             for interval in [(1.0,), (2.0, 1.0), (-1.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)]
         ),
     ],

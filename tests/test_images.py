@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from libs import UserError, images
+from libs import UserError, autoencoder
 from libs.data import StepBatches, make_loader
 from libs.images import ImageDataset, ImageTree, UnreadableImage, center_crop, image_size, read_image, to_rgb
 
@@ -70,10 +70,10 @@ def test_crop_of_any_proportions():
 
 def test_pixels_become_floats_and_come_back():
     pixels = torch.arange(256, dtype=torch.uint8)
-    floats = images.uint8_to_float(pixels)
+    floats = autoencoder.uint8_to_float(pixels)
     torch.testing.assert_close(floats, torch.linspace(-1, 1, 256))
-    assert torch.equal(images.float_to_uint8(floats), pixels)
-    assert images.float_to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+    assert torch.equal(autoencoder.float_to_uint8(floats), pixels)
+    assert autoencoder.float_to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
 
 
 def test_sizes_on_the_command_line(capsys):

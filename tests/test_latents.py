@@ -264,7 +264,6 @@ def test_files_and_folders_are_replaced_whole_or_not_at_all(tmp_path, folder):
     def write(text):
         with replacing_folder(tmp_path / "x") if folder else replacing(tmp_path / "x/file") as place:
             if folder:
-                place.mkdir()
                 (place / "file").write_bytes(text)
             else:
                 place.write(text)

@@ -159,7 +159,7 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path, monkeypatch):
         (("--seed", "99999999999999999999"), grid, "error: config.seed must be at least 0 and at most 9"),
         (("--steps", "1"), grid, "error: config.sample.sample_steps must be at least 3 for dpm_solver; found 1"),
         (("--classes", "1", "--autoencoder", "none.pth"), grid, "none.pth"),
-        (("--classes", "1", "--config", "configs/digits.py"), grid, "was trained with another config (nnet."),
+        (("--classes", "1", "--config", "configs/digits.py"), grid, "trained with another config (dataset.n_classes"),
         (("--columns", "class,steps,class"), grid, "error: --columns must be some of class, sample, guidance, steps"),
         (("--steps", "3"), tmp_path / "o.jpg", "error: --grid must be a .png"),
         (("--steps", "3"), tmp_path / "file" / "o.png", "set --grid"),

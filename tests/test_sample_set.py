@@ -11,7 +11,8 @@ from PIL import Image
 import eval as evaluation
 from img2npz import img2npz
 from libs import sample_set
-from libs.sample_set import SampleSet, SetWriter, batches_of, differences, flatten_dict, intersect, missing_files
+from libs.checkpoint import differences, flatten_dict
+from libs.sample_set import SampleSet, SetWriter, batches_of, intersect, missing_files
 
 N, CLASSES, BATCH = 12, 3, 5
 LABELS = [0] * 4 + [1] * 4 + [2] * 4
@@ -54,8 +55,8 @@ def test_batches_are_those_of_the_whole_set():
 def test_settings_are_compared_by_name():
     nested = {"a": {"b": [{"c": 1}, 2], "d": {}}, "e": None}
     assert flatten_dict(nested) == {"a.b[0].c": 1, "a.b[1]": 2, "a.d": {}, "e": None}
-    found, expected = {"scale": 1.4, "seed": 0, "only": 3}, {"scale": 2.0, "seed": 0, "new": [1]}
-    assert differences(found, expected, but=("only",)) == ["scale: 1.4 there, 2.0 now", "new: None there, [1] now"]
+    found, expected = {"scale": 1.4, "seed": 0}, {"scale": 2.0, "seed": 0, "new": [1]}
+    assert differences(found, expected) == {"new": "new: None there, [1] now", "scale": "scale: 1.4 there, 2.0 now"}
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def test_refuses_overlaps_and_gaps(tmp_path):
 def test_refuses_a_part_with_other_settings(tmp_path):
     a = write_part(tmp_path / "a", range(5))
     b = write_part(tmp_path / "b", range(5, 12), scale=3.0, interval=[0.1, 2.0])
-    refuses([a, b], r"of two sets \(scale: 3.0 there, 2.0 now; interval: \[0.1, 2.0\] there, None now\)", tmp_path)
+    refuses([a, b], r"of two sets \(interval: \[0.1, 2.0\] there, None now; scale: 3.0 there, 2.0 now\)", tmp_path)
     for text, message in (
         ("{not json", "sampling.json is damaged"),
         ("[1]", "sampling.json is damaged"),

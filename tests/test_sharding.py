@@ -20,7 +20,7 @@ from test_train import assert_same_checkpoint, assert_same_tensors, losses, wait
 
 import train as training
 from configs.common import check_fields
-from libs import checkpoint, launch, sharding, train_state
+from libs import checkpoint, launch, sharding
 from libs.model import build_network
 from libs.optim import EMA, make_adamw
 from libs.train_state import TrainState, read_checkpoint
@@ -181,10 +181,10 @@ def test_bf16_is_autocasts(config, runs, tmp_path):
 
 def test_settings_that_cannot_work(config, tmp_path, monkeypatch):
     config.train.sharded = True
-    with pytest.raises(ValueError, match=r"config.train.sharded needs several processes, found 1"):
+    with pytest.raises(ValueError, match=r"train.sharded needs several processes, found 1"):
         training.train(config, tmp_path / "run")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"--use_fsdp is accelerate's own FSDP.*set config.train.sharded=True"):
+    with pytest.raises(ValueError, match=r"ACCELERATE_USE_FSDP=true is not supported: .*config.train.sharded is FSDP"):
         training.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -204,15 +204,15 @@ def test_losses_are_ddps_on_gpus_in_bf16(config, tmp_path):
 
 
 def full_disk():
-    save_file, calls = train_state.save_file, []
+    save_file, calls = checkpoint.save_file, []
 
-    def full_at_first(tensors, path):
+    def full_at_first(tensors, path, metadata):
         calls.append(path)
         if len(calls) == 2:
             raise OSError(28, "No space left on device", str(path))
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
-    train_state.save_file = full_at_first
+    checkpoint.save_file = full_at_first
     launch.define_config_flag("")
     training.flags.DEFINE_string("workdir", None, "")
     launch.run(training.main, check_fields)

@@ -183,7 +183,7 @@ def test_ema_by_hand():
         ("train.accumulation", 5, "config.train.batch_size must be divisible by processes x accumulation"),
         ("train.batch_size", 600, "found 600 with 1 x 1 and 60 records"),
         ("dataset.path", "nowhere", "nowhere"),
-        ("autoencoder.pretrained_path", "", "latents need config.autoencoder.pretrained_path"),
+        ("autoencoder.pretrained_path", "", "set config.autoencoder.pretrained_path"),
         ("dataset.n_classes", 4, "n_classes of the store is 3"),
         ("autoencoder.pretrained_path", "assets/none.pth", "No autoencoder at assets/none.pth"),
         ("sample.scale", 0.4, "its 0.4 is --cfg=1.4 here"),
