@@ -33,7 +33,7 @@ from libs.autoencoder import check_finite
 from libs.checkpoint import differences, ema_profile
 from libs.files import file_digest, replacing
 from libs.launch import raise_on_all_ranks
-from libs.metrics import PlannedImages, Reference, Scores, score_sets
+from libs.metrics import PlannedImages, Reference, Scores
 from libs.model import Model, Sampler, config_json, image_size, network_settings
 from libs.report import NAMES, write_report
 from libs.sample_set import (
@@ -202,16 +202,16 @@ def sample_and_score(
     if len(indices) < n_samples:
         logging.info("a part of %d images: img2npz.py joins parts, evaluate_npz.py scores the whole", n_samples)
         return None
-    return score_sets(SampleSet(folder), *scoring, accelerator) if scoring else None
+    return utils.score_sets(SampleSet(folder), *scoring, accelerator) if scoring else None
 
 
-def report(folder: Path, scores: Scores, reference: Reference, sampling: dict, device: str) -> None:
+def report(folder: Path, scores: Scores, reference: Reference, sampling: dict) -> None:
     """Write the report of a scored set into `<folder>_report` and log the scores."""
     images, out = SampleSet(folder), folder.with_name(f"{folder.resolve().name}_report")
     for name, title in NAMES.items():
         logging.info("%s: %s", title, scores.reasons.get(name) or f"{scores.values[name]:.4f}")
     with launch.after_work("no report"):
-        for warning in write_report(out, scores, images, reference, sampling, device)["warnings"]:
+        for warning in write_report(out, scores, images, reference, sampling)["warnings"]:
             logging.warning("%s", warning)
         logging.info("report in %s", out)
 
@@ -258,7 +258,7 @@ def evaluate(
             "ema_profile": ema_profile(model.weights),
             "labels": "balanced: index * n_classes // n_samples",
         }
-        report(folder, scores, scoring[0], sampling, accelerator.device.type)
+        report(folder, scores, scoring[0], sampling)
     launch.finish(accelerator)
 
 

@@ -46,7 +46,7 @@ def img2npz(
         with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(entry, header)
-            for image in tqdm(images.images(), "img2npz", images.count):
+            for image in tqdm(images.read(), "img2npz", images.count):
                 if isinstance(image, str):
                     refused.append(image)
                 else:

@@ -9,16 +9,32 @@ from pathlib import Path
 
 import ml_collections
 from absl import logging
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 
 import sde
 from configs import common
 from libs import UserError
 from libs.autoencoder import Autoencoder
 from libs.compilation import COMPILE
+from libs.files import file_digest
 from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import LatentStore
-from libs.metrics import PlannedImages, Reference, check_sets, fewest_images, open_reference
+from libs.launch import raise_on_all_ranks
+from libs.logger import code_version
+from libs.metrics import (
+    ImageSet,
+    PlannedImages,
+    Reference,
+    Scores,
+    SetFeatures,
+    check_sets,
+    extract_features,
+    fewest_images,
+    open_reference,
+    score,
+)
 from libs.solvers import SOLVERS, check_guidance, check_steps
 
 ROOT = Path(__file__).resolve().parent
@@ -118,7 +134,7 @@ def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | N
     """
     (channels, height, width), n_classes, path = config.z_shape, config.dataset.n_classes, config.dataset.path
     if autoencoder is not None:
-        dataset = LatentStore.open(path)
+        dataset = LatentStore(path)
         dataset.check_against(
             record_shape=(2 * channels, height, width),
             n_classes=n_classes or None,  # a model without classes takes data of any
@@ -159,3 +175,30 @@ def open_scoring(reference: str, required: bool, planned: PlannedImages) -> tupl
     check_sets(planned, opened)
     load_adm_inception(weights, "cpu")  # raises for a damaged file
     return opened, weights
+
+
+def score_sets(
+    samples: ImageSet, reference: Reference, weights: Path, state: Accelerator | PartialState, batch_size: int = 64
+) -> Scores | None:
+    """Score a set of images against a reference: all processes extract features, the main one scores.
+
+    Args:
+        weights: pytorch-fid's Inception weights. batch_size: images per process.
+
+    Returns:
+        The scores on the main process, None on others.
+
+    Raises:
+        UserError, OSError: sets or weights that cannot be used, NaN in features.
+    """
+    with raise_on_all_ranks(state):
+        check_sets(samples, reference)
+        network = load_adm_inception(weights, state.device)
+        sets = [images for images in (samples, reference.images) if images]
+        shares = [extract_features(network, s, batch_size, state.num_processes, state.process_index) for s in sets]
+    gathered = gather_object([shares])
+    if not state.is_main_process:
+        return None
+    features, *of_reference = (SetFeatures.joined(parts) for parts in zip(*gathered, strict=True))
+    values, reasons = score(features, reference.statistics, next(iter(of_reference), None), state.device)
+    return Scores(values, reasons, file_digest(weights), state.device.type, code_version())

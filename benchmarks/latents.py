@@ -71,7 +71,7 @@ def write_store(path, n_records, rng):
             first, last = writer.image_range(shard)
             writer.write_shard(shard, records[: last - first])
         writer.finish(np.arange(n_records) % 1000)
-    return LatentStore.open(path)
+    return LatentStore(path)
 
 
 def write_pickled_files(folder, rng):

@@ -1,16 +1,15 @@
 """Batches for training: which records a process reads at which step, and reading them ahead of time.
 
-A data set here is anything with `len()`, `record_shape`, `n_classes`, `class_names` and `read(indices)` ->
-(records, labels) as numpy arrays: a latent store (libs/latents.py) or a tree of images (libs/images.py).
-
-Latent stores are read by threads: reads release the GIL, and a thread hands over its arrays as they are, where a worker
-process would copy them through shared memory, which costs several times what reading does.
+A data set has `len()`, `record_shape`, `n_classes`, `class_names`, `digest`, `read(indices)` -> (records, labels) as
+NumPy arrays, and `releases_gil`: whether threads can read it side by side. A thread hands over its arrays as they are;
+a process copies them through shared memory, which costs several times what reading latents does.
 """
 
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from libs import UserError
-from libs.images import ImageDataset, UnreadableImage
-from libs.latents import LatentStore
 from libs.randomness import epoch_order
+
+DataSet = Any  # libs.latents.LatentStore or libs.images.ImageDataset
 
 
 class StepBatches:
@@ -44,13 +43,11 @@ class StepBatches:
         process: int = 0,
         accumulation: int = 1,
     ):
-        if batch_size % (n_processes * accumulation):
+        if batch_size % (n_processes * accumulation) or batch_size > n_records:
             raise UserError(
-                "config.train.batch_size must be divisible by processes x accumulation; found "
-                f"{batch_size} for {n_processes} x {accumulation}"
+                "config.train.batch_size must be divisible by processes x accumulation and at most the number of "
+                f"records; found {batch_size} with {n_processes} x {accumulation} and {n_records} records"
             )
-        if n_records < batch_size:
-            raise UserError(f"the data has {n_records} records, less than config.train.batch_size, {batch_size}")
         self.n_records, self.batch_size, self.seed, self.start_step = n_records, batch_size, seed, start_step
         self.steps_per_epoch = n_records // batch_size
         size = batch_size // (n_processes * accumulation)
@@ -67,73 +64,60 @@ class StepBatches:
                     yield batch[rows]
 
 
-class TensorReads:
-    """A data set in the form that PyTorch's loader takes: a whole batch per request.
+class BatchReads:
+    """A data set whose item is a whole batch, given by its record indices.
 
-    An unreadable image comes back as the error itself, to be raised in the training process: raised in a worker, its
-    message would arrive inside a stack trace.
+    A UserError is returned: raised in a worker process, its message would arrive inside a stack trace.
     """
 
-    def __init__(self, dataset: LatentStore | ImageDataset):
+    def __init__(self, dataset: DataSet):
         self.dataset = dataset
 
-    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor] | UnreadableImage:
+    def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | UserError:
         try:
-            records, labels = self.dataset.read(indices)
-        except UnreadableImage as error:
+            return self.dataset.read(indices)
+        except UserError as error:
             return error
-        return torch.from_numpy(records), torch.from_numpy(labels)
-
-
-def as_it_is(batch: object) -> object:
-    """Collate nothing: a batch is read whole. A function with a name, which worker processes can be sent."""
-    return batch
 
 
 def make_loader(
-    dataset: LatentStore | ImageDataset, batches: StepBatches, num_workers: int, pin_memory: bool
+    dataset: DataSet, batches: StepBatches, num_workers: int, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over the endless (records, labels) of `batches`, in order, read ahead.
 
     Args:
-        num_workers: threads that read a latent store, or worker processes that decode images, which the GIL would hold
-            up; 0 reads in the training process.
+        num_workers: threads or, for a data set whose reads hold the GIL, processes; 0 reads in the training process.
     """
-    if num_workers and isinstance(dataset, LatentStore):
+    if num_workers and dataset.releases_gil:
         return read_ahead(dataset, batches, num_workers, pin_memory)
     loader = DataLoader(
-        TensorReads(dataset),
-        batch_sampler=batches,
-        collate_fn=as_it_is,
+        BatchReads(dataset),
+        batch_size=None,
+        sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # its own: making an iterator draws from the global one otherwise
     )
-    return raise_unreadable(iter(loader))
+    return map(raise_error, loader)
 
 
-def raise_unreadable(batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in batches:
-        if isinstance(batch, UnreadableImage):
-            raise batch
-        yield batch
+def raise_error(batch: tuple[Tensor, Tensor] | UserError) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def read_ahead(
-    dataset: LatentStore, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
+    dataset: DataSet, batches: Iterable[Sequence[int]], n_threads: int, pin_memory: bool = False, depth: int = 4
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read the batches of `dataset` by threads, in order.
+    """Read the batches of `dataset` at the indices in `batches`, which may be endless, by threads and in order.
 
     Args:
-        dataset: anything with `read(indices) -> (records, labels)` as numpy arrays that threads may call.
-        batches: record indices of each batch; may be endless.
-        n_threads: at least 1.
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         depth: batches read ahead per thread.
 
-    Yields:
-        (records (B, ...), labels int64 (B,)). Errors of `read` are raised as they are, in their place.
+    Yields (records (B, ...), labels int64 (B,)). Errors of `read` are raised as they are, in their place.
     """
 
     def read(indices):
@@ -141,7 +125,9 @@ def read_ahead(
         return tuple(tensor.pin_memory() if pin_memory else tensor for tensor in tensors)
 
     batches = iter(batches)
-    pool = threads(n_threads)
+    # The current GPU of a new thread is the first one, where pinning would take memory.
+    own_gpu = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if pin_memory else {}
+    pool = ThreadPoolExecutor(n_threads, **own_gpu)
     try:
         pending = deque(pool.submit(read, indices) for indices in itertools.islice(batches, n_threads * depth))
         while pending:
@@ -150,10 +136,3 @@ def read_ahead(
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def threads(number: int) -> ThreadPoolExecutor:
-    """Make threads whose current GPU is this thread's: a new thread's is the first GPU, where it would take memory."""
-    if not torch.cuda.is_initialized():
-        return ThreadPoolExecutor(number)
-    return ThreadPoolExecutor(number, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))

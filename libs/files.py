@@ -24,8 +24,8 @@ class WriteError(UserError, OSError):
 
 
 @contextmanager
-def replacing(path: str | Path, advice: str = "set --out") -> Iterator[BinaryIO]:
-    """Open a binary file that takes the name `path` once it is whole and on the disk.
+def replacing(path: str | Path, advice: str = "set --out", sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file that takes the name `path` once it is whole and, if `sync`, on the disk.
 
     On any error the temporary file is removed and whatever was at `path` stays. Raises WriteError, with `advice`.
     """
@@ -35,10 +35,12 @@ def replacing(path: str | Path, advice: str = "set --out") -> Iterator[BinaryIO]
         try:
             with open(temporary, "xb") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
-            flush_to_disk(path.parent)
+            if sync:
+                flush_to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -65,15 +67,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 def check_writable(path: str | Path, setting: str = "--out", endings: Sequence[str] = (), folder: bool = False) -> None:
     """Check, before the work that makes it, that a file or `folder` can be written at `path`; leave nothing there.
 
-    Raises UserError or WriteError, naming `setting`: a wrong ending, a folder in place of a file or the reverse, or
-    nothing can be written in the first existing folder above `path`.
+    Raises UserError, naming `setting`: a wrong ending, a folder in place of a file or the reverse, or nothing can be
+    written in the first existing folder above `path`.
     """
     path = Path(path)
-    if endings and path.suffix not in endings:
-        raise UserError(f"{setting} must end in {' or '.join(endings)}; found {path}")
-    if path.exists() and path.is_dir() != folder:
-        kinds = ("folder", "file") if folder else ("file", "folder")
-        raise UserError(f"{setting} must be a {kinds[0]}, and {path} is a {kinds[1]}: set another {setting}")
+    if (endings and path.suffix not in endings) or (path.exists() and path.is_dir() != folder):
+        expected = "folder" if folder else f"{' or '.join(endings)} file".strip()
+        raise UserError(f"{setting} must be a {expected}; found the {'folder' if path.is_dir() else 'file'} {path}")
     place = (path if folder else path.parent).absolute()
     place = next(above for above in (place, *place.parents) if above.exists())
     with advise_on_write_error(path, f"set {setting}"), tempfile.TemporaryFile(dir=place):
@@ -91,12 +91,12 @@ def flush_to_disk(path: str | Path) -> None:
 
 @contextmanager
 def advise_on_write_error(path: str | Path, advice: str = "set --out") -> Iterator[None]:
-    """Turn the first OSError of the block into a WriteError that names `path`, the reason and `advice`."""
+    """Turn an OSError of the block into a WriteError that names `path`, the reason and `advice`."""
     try:
         yield
+    except WriteError:  # has its advice
+        raise
     except OSError as error:
-        if isinstance(error, WriteError):
-            raise
         reason = error.strerror or error
         raise WriteError(f"Cannot write {path}: {reason}. Free space or permissions there, or {advice}") from error
 
@@ -109,10 +109,8 @@ def hub_download(repository: str, file: str, whole_repository: bool = False) -> 
     verbosity = huggingface_hub.logging.get_verbosity()
     huggingface_hub.logging.set_verbosity_error()  # otherwise each retry prints a line
     try:
-        try:  # a cached file is used without asking the network
-            return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=True))
-        except OSError:
-            return Path(huggingface_hub.hf_hub_download(repository, file))
+        cached = huggingface_hub.try_to_load_from_cache(repository, file)  # hf_hub_download would ask the network
+        return Path(cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(repository, file))
     except (OSError, ValueError) as error:
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         what = repository if whole_repository else f"{repository} {file}"
@@ -139,7 +137,7 @@ def file_kind(path: str | Path) -> str | None:
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
+    """Compute the SHA-256 of a file's bytes, as hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -148,8 +146,16 @@ def file_digest(path: str | Path) -> str:
 
 
 def json_digest(value: dict) -> str:
-    """SHA-256 of a JSON value, as hex: the same for any order of its keys."""
+    """Compute the SHA-256 of a JSON value, as hex: the same for any order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path, advice: str = "copy or make it again") -> dict:
+    """Read a file that holds a JSON object. Raises UserError, with `advice`, for anything else."""
+    try:
+        return dict(json.loads(path.read_bytes()).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error!s:.200}): {advice}") from error
 
 
 def read_npy_header(file: BinaryIO, name: str | Path) -> tuple[tuple[int, ...], np.dtype]:
@@ -157,11 +163,12 @@ def read_npy_header(file: BinaryIO, name: str | Path) -> tuple[tuple[int, ...], 
 
     Raises UserError naming `name` for anything else. Runs no code, whatever the file holds.
     """
+    problem = "not version 1.0, or not a plain array in C order"
     try:
         version = np.lib.format.read_magic(file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        if version != (1, 0) or fortran_order or min(shape, default=0) < 0:
-            raise ValueError("not version 1.0, or not a plain array in C order")
-    except Exception as error:  # numpy lets through whatever Python's parser raises on a damaged header
-        raise UserError(f"{name} is not a readable .npy file: {error or type(error).__name__}") from error
-    return shape, dtype
+        if version == (1, 0) and not fortran_order and min(shape, default=0) >= 0:
+            return shape, dtype
+    except Exception as error:  # a damaged header can make Python's parser fail in any way
+        problem = str(error) or type(error).__name__
+    raise UserError(f"{name} is not a readable .npy file: {problem}")

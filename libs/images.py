@@ -6,9 +6,10 @@ Axes: B batch, H W pixels.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from torchvision.utils import save_image
 from libs import UserError
 from libs.files import replacing
 
-T = TypeVar("T")
 SMALLEST = 96  # pixels of a picture's side in a sheet: smaller ones are enlarged by a whole factor
 
 Size = int | tuple[int, int]  # side of a square, or (height, width), in pixels
@@ -28,13 +28,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 class UnreadableImage(UserError):
-    """A file that should be a picture and is not; the message names it and the reason."""
+    """A file that cannot be read as a picture; the message names it and the reason."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to mode RGB.
+    """Convert a PIL image of any mode to RGB, with transparency laid over white and 16 bits scaled to 8.
 
-    Gray is repeated, CMYK converted, transparency (also of palettes) laid over white, 16 bits scaled to 8.
     Raises ValueError for values whose range is not known: floating point, more than 16 bits.
     """
     if image.mode.startswith("I") or image.mode == "F":
@@ -64,10 +63,7 @@ def center_crop(image: Image.Image, size: Size) -> np.ndarray:
     """Resize and crop an RGB image as ADM does (Dhariwal & Nichol 2021), here to any proportions.
 
     Halve by box while both sides are at least twice the wanted ones, resize bicubically until the wanted size just
-    fits in (also upwards), keep the center. For a square this is ADM's own, by the short side.
-
-    Returns:
-        uint8 array (height, width, 3).
+    fits in (also upwards), keep the center: uint8 (height, width, 3). For a square this is ADM's own crop.
     """
     height, width = sides(size)
     while image.height >= 2 * height and image.width >= 2 * width:
@@ -86,7 +82,7 @@ def read_image(path: str | Path, size: Size) -> np.ndarray:
     try:
         with Image.open(path) as image:
             pixels = center_crop(to_rgb(image), size)
-    except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
+    except Exception as error:  # Pillow's errors are of many types (OSError, SyntaxError, struct.error, ...)
         raise UnreadableImage(f"{path}: {error or type(error).__name__}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -95,8 +91,8 @@ class ImageTree:
     """The pictures under a folder: one class per sub-folder, or a flat folder as one class.
 
     Classes are the sub-folders in sorted order (label = position), pictures in sorted order within a class; names
-    starting with a dot and files that are no pictures are passed over. Paths are kept as one block of bytes, so a tree
-    of millions of pictures goes to worker processes cheaply.
+    starting with a dot and files that are no pictures are skipped. Paths are one NumPy array, so that a tree of
+    millions of pictures is cheap to send to worker processes.
 
     Attributes:
         class_names: list of str; of a flat folder, ["images"].
@@ -105,10 +101,8 @@ class ImageTree:
     """
 
     def __init__(self, root: str | Path):
-        """Raises UserError if there is no folder, no picture, a class without pictures, or pictures beside classes."""
+        """Raises FileNotFoundError; UserError for no picture, a class without pictures, or pictures beside classes."""
         self.root = str(root)
-        if not os.path.isdir(root):
-            raise UserError(f"No folder of images at {root}: set the images path to one folder per class")
         entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
         folders = [name for name in entries if os.path.isdir(os.path.join(root, name))]
         flat = [name for name in entries if _is_image(name) and name not in set(folders)]
@@ -121,18 +115,15 @@ class ImageTree:
         if empty:  # every folder becomes a class
             raise UserError(f"{len(empty)} of the {len(folders)} class folders in {root} are empty ({empty[0]}, ...)")
         self.labels = np.repeat(np.arange(len(files_of), dtype=np.int32), [len(files) for files in files_of])
-        names = [os.fsencode(name) for files in files_of for name in files]
-        self._names = b"\0".join(names)
-        self._ends = np.cumsum([len(name) + 1 for name in names]) - 1
-        self.digest = hashlib.sha256(self._names).hexdigest()
+        self._names = np.array([os.fsencode(name) for files in files_of for name in files])
+        self.digest = hashlib.sha256(b"\0".join(self._names)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, i: int) -> str:
         """Return the path of picture i relative to the root, with forward slashes."""
-        start = self._ends[i - 1] + 1 if i else 0
-        return os.fsdecode(self._names[start : self._ends[i]])
+        return os.fsdecode(self._names[i])
 
     def path(self, i: int) -> str:
         """Return the path of picture i."""
@@ -140,10 +131,10 @@ class ImageTree:
 
 
 class ImageBatches:
-    """Batches of a tree's pictures, for a loader whose workers read whole batches (`batch_size=None`).
+    """Batches of a tree's pictures, for a `DataLoader` with `batch_size=None`.
 
-    Item j is a pair: the pictures ranges[j] = (first, one past the last) that could be read, uint8
-    (B, 3, height, width), and [(index, reason)] of those that could not.
+    Item j is the pictures ranges[j] = (first, one past the last) that could be read, uint8 (B, 3, height, width), and
+    [(index, reason)] of those that could not.
     """
 
     def __init__(self, tree: ImageTree, ranges: list[tuple[int, int]], resolution: Size):
@@ -170,13 +161,11 @@ def batch_ranges(first: int, last: int, batch_size: int) -> list[tuple[int, int]
 class ImageDataset:
     """Pixels for training without an autoencoder, read and cropped from a class-per-folder tree at every access.
 
-    With flips every picture is two records: record 2i is picture i, record 2i + 1 its mirror image.
-
-    Attributes:
-        record_shape: (3, height, width); records are uint8.
-        n_classes, class_names: the classes of the tree.
-        digest: SHA-256 of the pictures' names, not of their contents.
+    Records are uint8 (3, height, width). With flips record 2i is picture i, record 2i + 1 its mirror image. The digest
+    is of the pictures' names, not of their contents. Attributes: those of every data set (libs.data).
     """
+
+    releases_gil = False
 
     def __init__(self, root: str | Path, resolution: Size, flip: bool = False):
         self.tree = ImageTree(root)
@@ -214,9 +203,6 @@ def _files_under(root, folder):
     return sorted(found)
 
 
-# --- Grids, sheets and strips -----------------------------------------------------------------------------------------
-
-
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """Write uint8 images (B, 3, H, W) as one PNG, `columns` to a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,38 +210,20 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
         save_image(images.float() / 255, file, format="png", nrow=columns, padding=2)
 
 
-def read_png(path: Path) -> Tensor:
-    """Read a picture file as uint8 (3, H, W)."""
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB"))
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of a picture file, of which only the head is read."""
-    with Image.open(path) as image:
-        return image.size
-
-
 def save_strip(newest: Path, columns: int, most: int = 20) -> None:
-    """Write strip.png beside a grid <step>.png: a column per grid there, its first sample of each class, by step.
+    """Write strip.png beside a grid <step>.png: of at most `most` grids, by step, the first sample of each class.
 
     Damaged grids are left out, and those of another size than the newest: they hold other classes or samples.
     """
-    folder, size = newest.parent, picture_size(newest)
-    grids = [p for p in folder.glob("*.png") if p.stem.isdigit() and _unless_damaged(picture_size, p) == size]
-    grids.sort(key=lambda p: int(p.stem))
-    chosen = [grids[i] for i in sorted({round(k * (len(grids) - 1) / (most - 1)) for k in range(most)})]
-    read = [_unless_damaged(read_png, path) for path in chosen]
-    strips = [grid[:, :, : (grid.shape[2] - 2) // columns] for grid in read if grid is not None]
-    with replacing(folder / "strip.png") as file:
+    with Image.open(newest) as grid:
+        size, strips = grid.size, []
+    grids = sorted((p for p in newest.parent.glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
+    for path in dict.fromkeys(grids[round(k * (len(grids) - 1) / (most - 1))] for k in range(most)):
+        with suppress(Exception), Image.open(path) as grid:  # Pillow's errors are of many types
+            if grid.size == size:
+                strips.append(pil_to_tensor(grid.convert("RGB"))[:, :, : (grid.width - 2) // columns])
+    with replacing(newest.with_name("strip.png")) as file:
         save_image(torch.cat(strips, dim=2).float() / 255, file, format="png")
-
-
-def _unless_damaged(read: Callable[[Path], T], path: Path) -> T | None:
-    try:
-        return read(path)
-    except Exception:  # Pillow's decoders raise many kinds
-        return None
 
 
 def draw_sheet(cells: list[list[np.ndarray | None]], rows: list[str], columns: list[str]) -> Image.Image:
@@ -264,7 +232,7 @@ def draw_sheet(cells: list[list[np.ndarray | None]], rows: list[str], columns: l
     scale = max(1, -(-SMALLEST // min(height, width)))
     height, width, gap = int(height * scale), int(width * scale), 4
     font = ImageFont.load_default(13)
-    titles = ["\n".join(wrap(title, width, font)) for title in columns]
+    titles = [textwrap.fill(title, width // 7, break_long_words=False) for title in columns]  # 7 pixels a letter
     left = 12 + int(max(font.getlength(title) for title in rows)) if any(rows) else gap
     top = 8 + 17 * max(title.count("\n") + 1 for title in titles)
     sheet = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
@@ -279,15 +247,3 @@ def draw_sheet(cells: list[list[np.ndarray | None]], rows: list[str], columns: l
                 picture = Image.fromarray(cell).resize((width, height), Image.Resampling.NEAREST)
                 sheet.paste(picture, (left + c * (width + gap), y))
     return sheet
-
-
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Break a text into lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines

@@ -24,8 +24,7 @@ POOL, SPATIAL = 2048, 7 * 17 * 17  # features of each kind
 def find_inception(assets: Path) -> Path:
     """Find pytorch-fid's weights in `assets`/inception or in PyTorch's hub cache. Nothing is downloaded.
 
-    Raises:
-        FileNotFoundError: they are in neither; the message says how to get them.
+    Raises FileNotFoundError, which says how to get them.
     """
     places = [assets / "inception" / WEIGHTS, Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS]
     for place in places:
@@ -71,13 +70,8 @@ class AdmInception(nn.Module):
 def resize_like_tensorflow1(images: Tensor, side: int) -> Tensor:
     """Resize bilinearly with the source at output index x (size / side): no half-pixel offset, no antialiasing.
 
-    This is TensorFlow 1's resize_bilinear without align_corners, which the ADM suite's graph holds.
-
-    Args:
-        images: floating-point (B, C, H, W).
-
-    Returns:
-        (B, C, side, side).
+    This is TensorFlow 1's resize_bilinear without align_corners, which the ADM suite's graph holds. Floating-point
+    (B, C, H, W) -> (B, C, side, side).
     """
     for axis in (-1, -2):  # TensorFlow's order of rounding: along a row first
         size = images.shape[axis]
@@ -97,7 +91,7 @@ def load_adm_inception(path: Path, device: torch.device | str) -> AdmInception:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # pytorch-fid itself would run any code
         with patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *args, **kwargs: weights):
             inception = pytorch_fid.inception.fid_inception_v3()
-    except Exception as error:  # torch.load and load_state_dict raise whatever a damaged file makes them meet
+    except Exception as error:  # torch.load and load_state_dict fail in any way on a damaged file
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{path} is damaged or not pytorch-fid's Inception ({reason}): fetch it again") from error
     return AdmInception(inception).to(device)

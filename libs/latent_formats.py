@@ -1,9 +1,9 @@
 """Readers of the ImageNet latents that other projects' scripts write, so that they need not be extracted again.
 
 A reader has `len()`, the number of images; `labels(first, last)`; `read(first, last)`, which gives float32
-(n, channels, h, w) of images first..last - 1; `flips`, with which `read` gives 2n views, an image and its mirror image
-by turns; and `scaled`, whether sampled latents are times the scaling factor. What is read was written by others: it is
-checked, errors name the file, and no code in it is run.
+(n, channels, h, w) of images first..last - 1; `flips`, with which `read` gives 2n views, each image followed by its
+mirror image; and `scaled`, whether sampled latents are times the scaling factor. Files are checked, errors name them,
+and no code in them is run.
 """
 
 import io
@@ -25,8 +25,7 @@ MAX_PICKLE_BYTES = 1 << 22  # 32 times the moments of a 512-pixel image; bounds 
 class UViTFolder:
     """U-ViT's and DiMR's `{index}.npy`: a pickled pair of moments (2C, h, w) and label, also as an object array.
 
-    Their scripts encode a batch and its mirror images one after the other, so the views of an image do not lie
-    together: they are records like any other here.
+    Their scripts encode a batch and then its mirror images: the views of an image are apart, and images of their own.
     """
 
     flips, scaled = False, False
@@ -56,12 +55,10 @@ class FastDiTFolder:
 
     def __init__(self, folder: str | Path):
         found = [sorted(Path(folder).glob(f"*_{kind}/")) for kind in ("features", "labels")]
-        if [len(folders) for folders in found] != [1, 1]:
-            raise UserError(f"{folder} should hold one folder *_features and one *_labels, as fast-DiT writes them")
-        (self.features,), (self.label_folder,) = found
-        self.n, n_labels = _count_numbered(self.features), _count_numbered(self.label_folder)
-        if self.n != n_labels:
-            raise UserError(f"{folder} holds {self.n} features but {n_labels} labels: copy them again")
+        counts = [[_count_numbered(place) for place in places] for places in found]
+        if len(counts[0]) != 1 or counts[0] != counts[1]:
+            raise UserError(f"{folder} should hold one folder *_features and one *_labels, of as many; found {counts}")
+        ((self.features,), (self.label_folder,)), self.n = found, counts[0][0]
 
     def __len__(self) -> int:
         return self.n
@@ -84,39 +81,37 @@ class LightningDiTFolder:
     flips, scaled = True, False
 
     def __init__(self, folder: str | Path):
-        self.files = sorted(Path(folder).glob("*.safetensors"))
-        shapes = [self._shape(file) for file in self.files]
-        self.starts = np.cumsum([0] + [shape[0] for shape in shapes]).tolist()
-        if not len(self) or len({tuple(shape[1:]) for shape in shapes}) != 1:
-            raise UserError(f"{folder} should hold LightningDiT's .safetensors shards, found latents {shapes[:3]}")
+        self.files, self.starts, first = sorted(Path(folder).glob("*.safetensors")), [0], None
+        for file in self.files:
+            with _opened(file) as shard:
+                slices = [shard.get_slice(name) for name in ("latents", "latents_flip", "labels")]
+                latents, flipped, labels = ((part.get_dtype(), *part.get_shape()) for part in slices)
+                first = first or latents
+                fits = len(latents) == 5 and latents[2:] == first[2:] and "F" in latents[0] and labels[0][0] == "I"
+                if not fits or flipped != latents or labels[1:] != latents[1:2]:
+                    raise ValueError(f"found latents {latents}, latents_flip {flipped}, labels {labels}; first {first}")
+            self.starts.append(self.starts[-1] + latents[1])
+        if not len(self):
+            raise UserError(f"{folder} should hold LightningDiT's .safetensors shards; found {len(self.files)} empty")
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def labels(self, first: int, last: int) -> np.ndarray:
-        return self._slices("labels", first, last).astype(np.int64)
+        return self._slices("labels", first, last)
 
     def read(self, first: int, last: int) -> np.ndarray:
         plain, mirrored = (self._slices(name, first, last) for name in ("latents", "latents_flip"))
         return np.stack([plain, mirrored], axis=1).reshape(-1, *plain.shape[1:])
 
-    def _shape(self, file):
-        with _opened(file) as shard:
-            shapes = [shard.get_slice(name).get_shape() for name in ("latents", "latents_flip", "labels")]
-            if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[2] != shapes[0][:1]:
-                raise ValueError(f"latents, latents_flip and labels of shapes {shapes}")
-        return shapes[0]
-
     def _slices(self, name, first, last):
-        """Return images first..last - 1 of tensor `name`, which may lie in several files, as float32 or integers."""
+        """Return images first..last - 1 of tensor `name`, which may lie in several files, as float32 or int64."""
         parts = []
         for file, start, stop in zip(self.files, self.starts[:-1], self.starts[1:], strict=True):
             if start < last and stop > first:
                 with _opened(file) as shard:
                     part = shard.get_slice(name)[max(first - start, 0) : min(last, stop) - start]
-                    if part.is_floating_point() == (name == "labels"):
-                        raise ValueError(f"{name} of {part.dtype}")
-                    parts.append((part if name == "labels" else part.float()).numpy())
+                    parts.append((part.long() if name == "labels" else part.float()).numpy())
         return np.concatenate(parts)
 
 
@@ -156,9 +151,9 @@ def read_plain_npy(file: str | Path) -> np.ndarray:
 
 
 class _StandIn:
-    """Base of what takes the place of numpy's classes and functions in a pickle.
+    """Base of the classes in place of numpy's, which trust what a pickle gives them.
 
-    numpy's own trust their operands. These are classes with __setstate__, so BUILD can change no attribute of theirs.
+    With __setstate__, the opcode BUILD can change no attribute.
     """
 
     def __setstate__(self, state):

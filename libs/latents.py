@@ -6,27 +6,22 @@ A store is a folder:
     labels.npy           int32 (n_records,)
     latents-00000.npy    float16 or float32 (records, 2C, h, w): C means, then C log-variances; and so on
 
-`numpy.load` opens every .npy. A record is one view of one image. With flips, image i is record 2i and its mirror image
-record 2i + 1. Shard k is made from images k * images_per_shard and following, by whichever process, so neither the
-number of processes nor an interruption changes a byte. While a store is being written, `unfinished.json` holds its
-settings and `latents-*.json` the entries of the finished shards.
-
-What training needs of a data set, this or `libs.images.ImageDataset`: `len(ds)`, `ds.record_shape`, `ds.n_classes`,
-`ds.class_names`, `ds.digest`, `ds.read(indices)`.
+A record is one view of one image: with flips, image i is record 2i and its mirror image record 2i + 1. Shard k is made
+from images k * images_per_shard and following, whatever the number of processes and interruptions. While a store is
+being written, `unfinished.json` holds its settings and `latents-*.json` the entries of the finished shards.
 """
 
 import functools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from libs import UserError
-from libs.files import advise_on_write_error, file_digest, json_digest, read_npy_header, replacing
+from libs.files import advise_on_write_error, file_digest, json_digest, read_json, read_npy_header, replacing
 
 FORMAT = "dimr-latents"
 VERSION = 1
@@ -37,17 +32,17 @@ MAX_OPEN_FILES = 256  # below the usual limit of 1024 per process, whatever the 
 class LatentStore:
     """A complete store, opened for reading by any number of threads. A pickled one opens the store anew.
 
-    Attributes:
+    Attributes, besides those of every data set (libs.data):
         meta: index.json as a dict (keys: see `docs/latents.md`).
-        record_shape: (2C, h, w). n_classes, class_names: the classes.
         autoencoder: identity of the autoencoder it was made with, {"sha256", "scaling_factor"}.
     """
+
+    releases_gil = True
 
     def __init__(self, path: str | Path):
         """Open the store in folder `path`, in the same time whatever the number of records.
 
-        Raises UserError if there is no store, or the index or the size of a file is not as written. Contents are
-        checked by `verify`.
+        Raises UserError if there is no store, or the index or the size of a file is not as written.
         """
         self.path = Path(path)
         self.meta = meta = read_index(self.path)
@@ -69,11 +64,6 @@ class LatentStore:
         self._shard_file = functools.lru_cache(MAX_OPEN_FILES)(self._open_shard)
         self._labels = None
 
-    @classmethod
-    def open(cls, path: str | Path) -> "LatentStore":
-        """Open the store in folder `path`."""
-        return cls(path)
-
     @property
     def digest(self) -> str:
         """SHA-256 of the index, which holds the checksums of all files: the same for the same records."""
@@ -86,23 +76,16 @@ class LatentStore:
         return LatentStore, (self.path,)
 
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Read records and labels in the order of `indices`, B integers in 0..len - 1.
+        """Read records (B, *record_shape), of the store's dtype, and labels int64 (B,) in the order of `indices`.
 
-        Returns:
-            (array (B, *record_shape) of the store's dtype, int64 array (B,)).
-
-        Raises:
-            UserError: a file is not what the index says.
+        Raises UserError if a file is not what the index says.
         """
         indices = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"records {indices.min()}..{indices.max()} of a store of {len(self)} ({self.path})")
         records = np.empty((len(indices), *self.record_shape), self.dtype)
         rows = memoryview(records.reshape(-1)).cast("B")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         offsets = (indices - self._starts[shards]) * self._record_bytes
-        # First read what the page cache holds. Then announce all other reads to the kernel before the first of them
-        # waits, so that the disk serves many requests at once.
+        # Read what the page cache holds, then announce all other reads, so that the disk serves many at once.
         waiting = []
         for k, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
             row = rows[k * self._record_bytes : (k + 1) * self._record_bytes]
@@ -118,16 +101,16 @@ class LatentStore:
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the index. Raises UserError naming all that differ."""
-        entries = [*self.meta["shards"], self.meta["labels"]]
-        altered = [entry["file"] for entry in entries if file_digest(self.path / entry["file"]) != entry.get("sha256")]
+        files = {entry["file"]: entry.get("sha256") for entry in [*self.meta["shards"], self.meta["labels"]]}
+        altered = [name for name, digest in files.items() if file_digest(self.path / name) != digest]
         if altered:
             raise UserError(
-                f"{self.path}: the contents of {_shorten(', '.join(altered))} are not what index.json states. Copy "
+                f"{self.path}: the contents of {', '.join(altered):.200} are not what index.json states. Copy "
                 f"them again, or delete them and run the extraction again, which makes them anew"
             )
 
     def check_against(self, **wanted) -> None:
-        """Raise UserError naming both sides if an attribute of the store is not as `wanted`; None is not compared."""
+        """Raise UserError, naming both, if an attribute of the store is not as `wanted`; None is not compared."""
         for name, value in wanted.items():
             if value is not None and value != getattr(self, name):
                 raise UserError(
@@ -171,27 +154,21 @@ class StoreWriter:
         self.n_shards = -(-settings["source"]["n_images"] // settings["images_per_shard"])
 
     def begin(self, source: Callable[[int], str] | None = None) -> list[int]:
-        """Make the folder, or check what an earlier run left there. One process calls it, before any writes.
+        """Make the folder, or check what an earlier run left there, and return the numbers of the shards to write.
 
-        Other settings are refused once a shard is finished, other class names once the store is complete.
+        One process calls it, before any writes. Settings may change until a shard is finished, class names until the
+        store is complete. Raises UserError for other settings, another source, or a folder of other things.
 
         Args:
             source: function from a shard's number to the digest that `write_shard` gets; finished shards must have it.
-
-        Returns:
-            The numbers of the shards to write; none if the store is complete.
-
-        Raises:
-            UserError: other settings, another source, or a folder of other things.
         """
         with advise_on_write_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / "index.json").exists():
                 self._compare(read_index(self.path))
             elif (self.path / "unfinished.json").exists():
-                shards = any(self.path.glob("latents-*.json"))
-                decisive = self.settings.keys() - {"class_names"} if shards else ("format", "version")
-                self._compare(_read_json(self.path / "unfinished.json"), decisive)
+                if any(self.path.glob("latents-*.json")):
+                    self._compare(read_json(self.path / "unfinished.json"), but="class_names")
             elif any(not file.name.startswith(".") for file in self.path.iterdir()):
                 raise UserError(f"{self.path} holds other files: expected a new or empty folder, or a store")
             for leftover in self.path.glob(".*.tmp"):
@@ -201,10 +178,10 @@ class StoreWriter:
             elif not (self.path / "index.json").exists():
                 _write_json(self.path / "unfinished.json", self.settings)
         done = self._entries()
-        others = [done[k]["file"] for k in sorted(done) if source and done[k].get("source_sha256") != source(k)]
+        others = [entry["file"] for k, entry in done.items() if source and entry.get("source_sha256") != source(k)]
         if others:
             raise UserError(
-                f"{self.path}: {len(others)} shards ({_shorten(', '.join(others))}) were made from another source: "
+                f"{self.path}: {len(others)} shards ({', '.join(others):.200}) were made from another source: "
                 f"give that, delete these files, or set another --out"
             )
         return [number for number in range(self.n_shards) if number not in done]
@@ -232,9 +209,7 @@ class StoreWriter:
             skipped: indices of the images of this shard that are left out.
             source: digest of what the shard is made from, see `begin`.
 
-        Raises:
-            UserError: values that are not finite in the store's dtype, another run began the store anew meanwhile.
-            WriteError: it cannot be written.
+        Raises UserError for values that are not finite in the store's dtype, and for other settings than the folder's.
         """
         dtype = self.settings["dtype"]
         with np.errstate(over="ignore"):
@@ -243,11 +218,11 @@ class StoreWriter:
             advice = "set --dtype float32 and another --out, or " if dtype == "float16" else ""
             raise UserError(f"the moments of shard {number} are not finite in {dtype}: {advice}check --autoencoder")
         if (self.path / "unfinished.json").exists():
-            self._compare(_read_json(self.path / "unfinished.json"))
+            self._compare(read_json(self.path / "unfinished.json"))
         entry = self._write_npy(_shard_name(number), records)
         entry |= {"records": len(records), "skipped": [int(i) for i in skipped]}
         entry |= {"source_sha256": source} if source is not None else {}
-        _write_json(self.path / _shard_name(number).replace(".npy", ".json"), entry)
+        _write_json(self.path / _shard_name(number, "json"), entry)
 
     def finish(self, labels: Sequence[int], names: Callable[[int], str] = str) -> None:
         """Write labels.npy and index.json, once every shard is there, and remove what an unfinished store needs.
@@ -280,15 +255,13 @@ class StoreWriter:
 
     def _entries(self):
         """Return {shard number: its entry} of the shards that are whole on disk."""
-        found = {}
-        if (self.path / "index.json").exists():
-            found = {shard["file"]: shard for shard in read_index(self.path)["shards"]}
-        for file in self.path.glob("latents-*.json"):
-            entry = _read_json(file)
-            if _is_shard(entry):
-                found[entry["file"]] = entry
-        whole = {name: entry for name, entry in found.items() if _size(self.path / name) == entry["bytes"]}
-        return {n: whole[_shard_name(n)] for n in range(self.n_shards) if _shard_name(n) in whole}
+        has_index = (self.path / "index.json").exists()
+        found = dict(enumerate(read_index(self.path)["shards"])) if has_index else {}
+        for number in range(self.n_shards):
+            file = self.path / _shard_name(number, "json")
+            if file.exists():
+                found[number] = read_json(file)
+        return {n: found[n] for n in sorted(found) if _size(self.path / _shard_name(n)) == found[n].get("bytes", -1)}
 
     def _remove_leftovers(self):
         for file in [*self.path.glob("latents-*.json"), self.path / "unfinished.json"]:
@@ -301,38 +274,37 @@ class StoreWriter:
             file.write(array.data)  # numpy.save would hide the system's reason for an error
         return {"file": name, "bytes": _size(path), "sha256": file_digest(path)}
 
-    def _compare(self, found, keys=None):
+    def _compare(self, found, but=None):
         differences = [
-            f"{key}: there {_shorten(repr(found.get(key)))}, now {_shorten(repr(value))}"
+            f"{key}: there {found.get(key)!r:.200}, now {value!r:.200}"
             for key, value in self.settings.items()
-            if (keys is None or key in keys) and found.get(key) != value
+            if key != but and found.get(key) != value
         ]
         if differences:
             raise UserError(
-                f"{self.path} holds latents made with other settings ({'; '.join(differences)}). Use those, or "
-                f"another --out"
+                f"{self.path} holds latents made with other settings ({'; '.join(differences)}). Use those, or another "
+                "--out"
             )
 
 
 def read_index(path: str | Path) -> dict:
     """Read index.json of the store at `path` and check that it is whole and consistent, as reading relies on it."""
     file = Path(path) / "index.json"
-    if (file.parent / "unfinished.json").is_file() and not file.is_file():
-        raise UserError(f"The latents in {path} are unfinished: run the same extraction again to complete them")
     if not file.is_file():
-        raise UserError(f"No latents at {path} (no index.json): make them with scripts/extract_imagenet_feature.py")
-    index = _read_json(file)
-    found = index.get("format"), index.get("version")
-    if found != (FORMAT, VERSION):
-        raise UserError(f"{file} is of format {_shorten(found)}, expected {(FORMAT, VERSION)}: extract again")
-    digest = index.pop("sha256", None)
-    if json_digest(index) != digest or not _is_consistent(index):
-        raise UserError(f"{file} was altered or contradicts itself: copy it again, or extract again")
+        found = "Unfinished" if (file.parent / "unfinished.json").is_file() else "No"
+        raise UserError(f"{found} latents at {path} (no index.json): run scripts/extract_imagenet_feature.py")
+    index = read_json(file)
+    found, digest = (index.get("format"), index.get("version")), index.pop("sha256", None)
+    if found != (FORMAT, VERSION) or json_digest(index) != digest or not _is_consistent(index):
+        raise UserError(
+            f"{file} was altered, contradicts itself or is not of format {(FORMAT, VERSION)}, found {found!s:.200}: "
+            "copy it again, or extract again"
+        )
     return {**index, "sha256": digest}
 
 
-def _shard_name(number):
-    return f"latents-{number:05d}.npy"
+def _shard_name(number, suffix="npy"):
+    return f"latents-{number:05d}.{suffix}"
 
 
 def _size(path):
@@ -367,13 +339,6 @@ def _read_exactly(file, buffer, offset):
         buffer, offset = buffer[n:], offset + n
 
 
-def _read_json(file):
-    try:
-        return dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is not a valid JSON object: {_shorten(str(error))}") from error
-
-
 def _write_json(path, value):
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
@@ -383,35 +348,16 @@ def _is_consistent(index):
     try:
         shape, shards, labels = index["record_shape"], index["shards"], index["labels"]
         record_bytes = math.prod(shape) * np.dtype(index["dtype"]).itemsize
+        counts = [labels["bytes"], *(shard[key] for shard in shards for key in ("records", "bytes"))]
         return (
             index["dtype"] in DTYPES
-            and len(shape) > 0
-            and all(_is_count(side) and side > 0 for side in shape)
+            and all(type(count) is int and 0 <= count < 2**62 for count in counts + [side - 1 for side in shape])
+            and all(shard["file"] == _shard_name(number) for number, shard in enumerate(shards))
+            and all(shard["records"] * record_bytes < shard["bytes"] for shard in shards)
+            and 0 < index["n_records"] == sum(shard["records"] for shard in shards)
+            and labels["file"] == "labels.npy"
             and {type(name) for name in index["class_names"]} == {str}
             and {"sha256", "scaling_factor"} <= index["autoencoder"].keys()
-            and all(_is_shard(shard) and shard["records"] * record_bytes < shard["bytes"] for shard in shards)
-            and labels["file"] == "labels.npy"
-            and _is_count(labels["bytes"])
-            and _is_count(index["n_records"])
-            and 0 < index["n_records"] == sum(shard["records"] for shard in shards)
         )
     except (KeyError, TypeError, AttributeError):
         return False
-
-
-def _is_shard(entry):
-    return (
-        isinstance(entry, dict)
-        and re.fullmatch(r"latents-\d{5,}\.npy", str(entry.get("file")))
-        and _is_count(entry.get("records"))
-        and _is_count(entry.get("bytes"))
-    )
-
-
-def _is_count(value):
-    return type(value) is int and 0 <= value < 2**62
-
-
-def _shorten(value):
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from libs import UserError
 
 EXPLODED = 100  # a loss so many times the median of recent ones
-ROOT = Path(__file__).resolve().parents[1]
 
 # Dense bf16/fp16 peak in FLOP/s by words of the device's name, the first that fit (data sheets, without sparsity).
 PEAK_FLOPS = {
@@ -48,10 +47,7 @@ PEAK_FLOPS = {
 
 
 class LossMeter:
-    """Means since the last reading of the loss, of the loss per resolution, and of the loss per quartile of time.
-
-    Quartile 1 holds the least noisy quarter of the training times.
-    """
+    """Average the loss, the loss per resolution, and that per quartile of time, of which the first is least noisy."""
 
     def __init__(self, n_resolutions: int, device: torch.device):
         # rows: loss, one per resolution, one per quartile; columns: sum, count
@@ -87,18 +83,14 @@ class StepTimer:
         self.seconds, self.pending, self.steps = dict.fromkeys(self.PARTS, 0.0), [], 0
         self.started = self.last = time.perf_counter()
         if self.events:
-            self.record_event("")
-
-    def record_event(self, part: str) -> None:
-        """Record an event at the end of `part`: the device lags behind the host, and is asked for the time later."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.pending.append((part, event))
+            self.mark("")
 
     def mark(self, part: str) -> None:
-        """Count the time since the last mark, on a GPU the device's, as `part`; the last part ends the step."""
-        if self.events:
-            self.record_event(part)
+        """Count the time since the last mark as `part`; the last part ends the step."""
+        if self.events:  # the device lags behind the host, and is asked for the time later
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.pending.append((part, event))
         else:
             now = time.perf_counter()
             self.seconds[part] += now - self.last
@@ -118,33 +110,14 @@ class StepTimer:
         return result
 
 
-def throughput(seconds: float, batch_size: int, flops_per_image: float, accelerator: Accelerator) -> dict[str, float]:
-    """Compute images/s over all processes, TFLOP/s per device, its share of a known GPU's peak, and memory in GB.
-
-    Args:
-        seconds: per step of `batch_size` images.
-        flops_per_image: floating-point operations of forward and backward for one image.
-    """
-    images_per_second, device = batch_size / seconds, accelerator.device
-    flops = images_per_second * flops_per_image / accelerator.num_processes
-    result = {"images_per_second": images_per_second, "tflops_per_device": flops / 1e12}
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peaks = [peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)]
-        if peaks:
-            result["share_of_peak"] = flops / peaks[0]
-        result["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return result
-
-
 class Logger:
-    """The metrics of a run, to metrics.jsonl (a JSON object per line), the trackers and the progress bar.
+    """Log the metrics of a run to metrics.jsonl (a JSON object per line), the trackers and the progress bar.
 
     Every process calls it; the main one writes. A full disk loses lines or a tracker, not the run.
 
     Args:
         step, n_steps: where the run starts, and where it ends. Lines of metrics.jsonl after `step` are dropped.
-        batch_size, flops_per_image: see `throughput`.
+        flops_per_image: floating-point operations of forward and backward for one image.
     """
 
     def __init__(
@@ -172,10 +145,17 @@ class Logger:
         metrics = {**self.losses.read(self.accelerator), **metrics, **self.timer.read()}
         self.exploded = not metrics["loss"] <= EXPLODED * statistics.median(self.recent or [math.inf])
         self.recent += [] if self.exploded else [metrics["loss"]]
-        seconds = metrics["seconds_per_step/all"]
-        metrics |= throughput(seconds, self.batch_size, self.flops_per_image, self.accelerator)
+        images_per_second, device = self.batch_size / metrics["seconds_per_step/all"], self.accelerator.device
+        flops = images_per_second * self.flops_per_image / self.accelerator.num_processes
+        metrics |= {"images_per_second": images_per_second, "tflops_per_device": flops / 1e12}
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            peaks = [peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)]
+            if peaks:
+                metrics["share_of_peak"] = flops / peaks[0]
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         self.log(step, metrics)
-        self.progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
+        self.progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{images_per_second:.0f}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write `metrics` as they are."""
@@ -229,7 +209,7 @@ def lock_workdir(workdir: Path) -> IO:
 @functools.cache
 def code_version() -> str:
     """Return the git commit of this code ("unknown" outside a checkout) and PyTorch's version."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,8 +1,8 @@
 """FID, sFID, Inception Score, precision and recall of a set of images, as the ADM evaluation suite defines them.
 
 Definitions: openai/guided-diffusion, evaluations/evaluator.py. N images, D features, C classes. First the scores as
-functions of features, NumPy arrays or tensors (N, D); then the .npz files; then the suite, `open_reference` and
-`score_sets`, which all processes of a run call.
+functions of features, NumPy arrays or tensors (N, D); then the .npz files; then the suite, of which
+`utils.score_sets` is made.
 """
 
 import functools
@@ -11,37 +11,30 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from libs import UserError
-from libs.files import file_digest, read_npy_header
-from libs.inception import POOL, SPATIAL, AdmInception, load_adm_inception
-from libs.launch import raise_on_all_ranks
-from libs.sample_set import SampleSet, stack_batches
+from libs.files import read_npy_header
+from libs.inception import POOL, SPATIAL, AdmInception
 
 Features = np.ndarray | Tensor  # (N, D)
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D)
+ImageSet = Any  # NpzImages or libs.sample_set.SampleSet
 ROWS = 2048  # rows worked on at a time: a tile of distances is then 16 MB, which the allocator keeps
 
 # Score -> the arrays of a reference .npz that hold its Gaussian, and their dimension.
 STATISTICS = {"fid": ("mu", "sigma", POOL), "sfid": ("mu_s", "sigma_s", SPATIAL)}
 
 
-# --- Scores of features -----------------------------------------------------------------------------------------------
-
-
 class GaussianStatistics:
     """Accumulate the number, mean and scatter of features in float64 (Chan, Golub and LeVeque 1979).
-
-    Memory does not grow with the number of images. The result is that of all features at once, to round-off.
 
     Attributes:
         count: N so far. mean: (D,). scatter: (D, D), the sum of outer products of the centered features. Tensors on
@@ -88,14 +81,14 @@ def gaussian_statistics(features: Features) -> Gaussian:
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Compute the squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017).
+    """Compute the squared Fréchet (2-Wasserstein) distance of two Gaussians in float64 (Heusel et al. 2017).
 
     It is |mu1 - mu2|² + tr(S1 + S2 - 2 (S1 S2)^½). (S1 S2)^½ has the eigenvalues of (S1^½ S2 S1^½)^½, which is
-    symmetric and positive semi-definite: its trace takes two symmetric eigenvalue problems and no square root of a
-    general matrix. Singular covariances (fewer images than features) are fine: negative round-off is clipped.
+    symmetric and positive semi-definite: two symmetric eigenvalue problems give its trace. Covariances may be singular
+    (fewer images than features): negative round-off is clipped.
 
     Args:
-        mu1, mu2: (D,). sigma1, sigma2: (D, D), symmetric. Computed in float64.
+        mu1, mu2: (D,). sigma1, sigma2: (D, D), symmetric.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2))
     eigenvalues, vectors = np.linalg.eigh(sigma1)
@@ -126,8 +119,8 @@ def precision_recall(reference: Features, samples: Features, k: int = 3) -> tupl
 
     The manifold of a set is the union of the balls around its points that reach their k-th neighbor in the set.
     Precision is the share of samples in the manifold of the reference, recall the share of the reference in that of
-    the samples. Euclidean distances are taken in float32, tile by tile: memory is that of four copies of the features
-    (ADM's suite takes float16 where it does not overflow, which can differ in the last digits).
+    the samples. Euclidean distances are taken in float32, tile by tile (ADM's suite takes float16 where it does not
+    overflow, which can differ in the last digits).
 
     Args:
         reference: (M, D). samples: (N, D), on the same device. Each of more than k rows.
@@ -203,25 +196,22 @@ def _checked(features, n_least):
     return features
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def naming_damage(path: str | Path) -> Iterator[None]:
-    """Turn whatever a damaged archive makes zipfile and NumPy raise into a UserError that names it."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
-            raise
-        raise UserError(f"{path} is damaged or not the .npz expected: {error or type(error).__name__}") from error
+def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    """Open an .npz; any error of the block, as a damaged file can cause, becomes a UserError that names it."""
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                yield archive
+        except Exception as error:
+            raise UserError(f"{path} is damaged or not the .npz expected: {error or type(error).__name__}") from error
 
 
 @contextmanager
 def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
     """Open `arr_0` of an .npz at its first value: (file, shape, dtype)."""
-    with naming_damage(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        yield member, *read_npy_header(member, f"{path}: arr_0")
+    with open_npz(path) as archive, archive.open("arr_0.npy") as member:
+        yield member, *read_npy_header(member, "arr_0")
 
 
 def read_floats(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -231,17 +221,17 @@ def read_floats(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> 
         with archive.open(f"{name}.npy") as file:
             values = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
     if values.shape != shape or not np.isfinite(values).all():
-        raise UserError(f"{archive.filename}: {name} should be {shape}, all finite: statistics of other features?")
+        raise ValueError(f"{name} should be {shape}, all finite: statistics of other features?")
     return values
 
 
 class NpzImages:
     """The images of one .npz, or of several that are parts of one set: uint8 `arr_0` (N, H, W, 3), read as used.
 
+    Raises FileNotFoundError; UserError for a file without such images.
+
     Attributes:
         paths: the files. count: N of all. size: (H, W) in pixels. name: for messages. settings, labels: not known.
-
-    Raises OSError for a file that is not there, UserError for one without such images.
     """
 
     settings, labels = {}, None  # as of a SampleSet
@@ -250,22 +240,17 @@ class NpzImages:
         self.paths, self.counts, self.name = [Path(path) for path in paths], [], str(paths[0])
         for path in self.paths:
             with open_images(path) as (_, shape, dtype):
-                if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                    raise UserError(f"{path}: arr_0 should be images, uint8 (N, H, W, 3); found {dtype} {shape}")
-            if self.counts and shape[1:3] != self.size:
-                raise UserError(f"{path} is {_pixels(shape[1:3])} but {self.name} is {_pixels(self.size)}")
-            self.size = shape[1:3]
+                size = shape[1:3] if not self.counts else self.size
+                if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (*size, 3) or 0 in shape:
+                    expected = f"(N, {size[0]}, {size[1]}, 3), as in {self.name}" if self.counts else "(N, H, W, 3)"
+                    raise ValueError(f"arr_0 should be images, uint8 {expected}; found {dtype} {shape}")
+            self.size = size
             self.counts.append(shape[0])
         self.count = sum(self.counts)
 
-    def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Read the images at rising `indices`, all unless given, as uint8 (B, 3, H, W), B at most `batch_size`.
-
-        Raises UserError where a file is truncated or its checksum wrong.
-        """
-        return stack_batches(self._images(range(self.count) if indices is None else indices), batch_size)
-
-    def _images(self, indices):
+    def images(self, indices: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """Read the images at rising `indices`, all unless given: uint8 (H, W, 3). Raises UserError for damage."""
+        indices = range(self.count) if indices is None else indices
         shape, start = (*self.size, 3), 0
         n_bytes = math.prod(shape)
         for path, count in zip(self.paths, self.counts, strict=True):
@@ -299,13 +284,13 @@ class Reference:
 def open_reference(path: str | Path) -> Reference:
     """Open ADM's reference .npz (images, statistics) or U-ViT's (mu, sigma).
 
-    Raises OSError for a file that is not there, UserError for one that is damaged or no reference.
+    Raises FileNotFoundError; UserError for a file that is damaged or no reference.
     """
     statistics = {}
-    with naming_damage(path), zipfile.ZipFile(path) as archive:
+    with open_npz(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         if not names & {"arr_0", "mu", "mu_s"}:
-            raise UserError(f"{path}: expected images (arr_0) or statistics (mu, sigma), found {sorted(names)[:5]}")
+            raise ValueError(f"expected images (arr_0) or statistics (mu, sigma), found {sorted(names)[:5]}")
         for score_name, (mean, covariance, d) in STATISTICS.items():
             if mean in names:
                 statistics[score_name] = read_floats(archive, mean, (d,)), read_floats(archive, covariance, (d, d))
@@ -317,7 +302,7 @@ def fewest_images(reference: Reference) -> int:
     return 4 if reference.images else 2  # for the neighbors of precision and recall; for a covariance
 
 
-def check_sets(samples: NpzImages | SampleSet | PlannedImages, reference: Reference) -> None:
+def check_sets(samples: ImageSet | PlannedImages, reference: Reference) -> None:
     """Raise UserError for a set that cannot be scored against the reference: too few images, or of another size."""
     for images in (samples, reference.images):
         if images and images.count < fewest_images(reference):
@@ -333,9 +318,6 @@ def _pixels(size):
     return f"{size[1]}x{size[0]}"
 
 
-# --- The suite --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class SetFeatures:
     """Features of a set of images: pool (N, 2048) and logits (N, 1008), float32 on the CPU, in the images' order."""
@@ -345,9 +327,11 @@ class SetFeatures:
     spatial: GaussianStatistics
 
     @staticmethod
-    def joined(parts: Sequence["SetFeatures"]) -> "SetFeatures":
-        """Concatenate parts of a set."""
-        spatial = GaussianStatistics()
+    def joined(parts: Iterable["SetFeatures | None"]) -> "SetFeatures":
+        """Concatenate parts of a set; None is an empty one."""
+        parts, spatial = [part for part in parts if part], GaussianStatistics()
+        if len(parts) == 1:
+            return parts[0]
         for part in parts:
             spatial.merge(part.spatial)
         pool, logits = torch.cat([part.pool for part in parts]), torch.cat([part.logits for part in parts])
@@ -358,13 +342,26 @@ class SetFeatures:
         return {"fid": gaussian_statistics(self.pool), "sfid": self.spatial.mean_and_covariance()}
 
 
-def extract_features(network: AdmInception, batches: Iterable[Tensor]) -> SetFeatures | None:
-    """Extract features of uint8 batches (B, 3, H, W) on the network's device; None of no batches.
+def stack_batches(images: Iterator[np.ndarray], batch_size: int) -> Iterator[Tensor]:
+    """Stack images (H, W, 3) as (B, 3, H, W), B = batch_size but for the last."""
+    while batch := list(islice(images, batch_size)):
+        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+
+
+def extract_features(
+    network: AdmInception, images: ImageSet, batch_size: int, n_processes: int = 1, process: int = 0
+) -> SetFeatures | None:
+    """Extract the features of this process's share of a set; None of no images.
+
+    The share is a run of the batches, which are the same for any number of processes.
 
     Raises UserError for NaN or infinite features.
     """
+    n_batches = -(-images.count // batch_size)
+    first, end = (n_batches * (process + i) // n_processes for i in (0, 1))
+    batches = stack_batches(images.images(range(first * batch_size, min(end * batch_size, images.count))), batch_size)
     pools, logits, spatial = [], [], GaussianStatistics()
-    for batch in batches:
+    for batch in tqdm(batches, f"features of {images.name}", end - first, disable=process > 0):
         pool, spatial_features, logit = network(batch.to(network.class_weights.device))
         spatial.update(spatial_features)
         pools.append(pool.cpu())
@@ -375,67 +372,20 @@ def extract_features(network: AdmInception, batches: Iterable[Tensor]) -> SetFea
     return SetFeatures(torch.cat(pools), torch.cat(logits), spatial)
 
 
-def features_of(
-    images: NpzImages | SampleSet, network: AdmInception, batch_size: int, state: Accelerator | PartialState
-) -> SetFeatures | None:
-    """Extract the features of a set by all processes; return them on the main one, None on the others.
-
-    Each process takes a run of the batches, which are the same for any number of processes.
-    """
-    n_batches = -(-images.count // batch_size)
-    first, end = (n_batches * (state.process_index + i) // state.num_processes for i in (0, 1))
-    with raise_on_all_ranks(state):
-        batches = images.batches(batch_size, range(first * batch_size, min(end * batch_size, images.count)))
-        hidden = not state.is_main_process
-        part = extract_features(network, tqdm(batches, f"features of {images.name}", end - first, disable=hidden))
-    if state.num_processes == 1:
-        return part
-    parts = gather_object([part])
-    return SetFeatures.joined([part for part in parts if part]) if state.is_main_process else None
-
-
 @dataclass(frozen=True)
 class Scores:
-    """The suite's scores of a set.
+    """The suite's scores of a set, and what computed them.
 
     Attributes:
         values: fid, sfid, inception_score, precision, recall; None where the reference does not allow one.
-        reasons: why, of each None. weights: SHA-256 of the Inception weights.
+        reasons: why, of each None. weights: SHA-256 of the Inception weights. device: type. code: version.
     """
 
     values: dict[str, float | None]
     reasons: dict[str, str]
     weights: str
-
-
-def score_sets(
-    samples: NpzImages | SampleSet,
-    reference: Reference,
-    weights: Path,
-    state: Accelerator | PartialState,
-    batch_size: int = 64,
-) -> Scores | None:
-    """Score a set of images against a reference: all processes extract features, the main one scores.
-
-    Args:
-        weights: pytorch-fid's Inception weights (see libs.inception.find_inception).
-        batch_size: images at a time per process.
-
-    Returns:
-        The scores on the main process, None on others.
-
-    Raises:
-        UserError, OSError: sets or weights that cannot be used, NaN in features.
-    """
-    check_sets(samples, reference)
-    with raise_on_all_ranks(state):
-        network = load_adm_inception(weights, state.device)
-    reference_features = features_of(reference.images, network, batch_size, state) if reference.images else None
-    features = features_of(samples, network, batch_size, state)
-    if features is None:
-        return None
-    values, reasons = score(features, reference.statistics, reference_features, state.device)
-    return Scores(values, reasons, file_digest(weights))
+    device: str = "cpu"
+    code: str = "unknown"
 
 
 def score(
@@ -444,30 +394,26 @@ def score(
     reference: SetFeatures | None,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Compute the suite's five scores from features.
+    """Compute the suite's five scores from features: values and reasons, as in `Scores`.
 
     Args:
         samples: of at least 2 images, of at least 4 for precision and recall.
-        statistics: those that come with the reference. As in the suite they are those of a whole data set and go
-            before the statistics of the reference's images.
+        statistics: those that come with the reference, of a whole data set. They go before those of its images.
         reference: features of the reference's images; None: it has none.
         device: where neighbors are sought.
-
-    Returns:
-        The scores, None where the reference does not allow one, and the reason of each None.
     """
     scores, reasons = {}, {}
     own, given = samples.gaussians(), statistics
     if reference is not None and statistics.keys() != STATISTICS.keys():
         given = {**reference.gaussians(), **statistics}
     for name, (mean, covariance, _) in STATISTICS.items():
-        scores[name] = frechet_distance(*own[name], *given[name]) if name in given else None
-        if name not in given:
+        if name in given:
+            scores[name] = frechet_distance(*own[name], *given[name])
+        else:
             reasons[name] = f"the reference holds neither {mean}, {covariance} nor images"
     scores["inception_score"] = inception_score(samples.logits)
-    if reference is None:
-        scores["precision"] = scores["recall"] = None
-        reasons["precision"] = reasons["recall"] = "the reference holds no images"
-    else:
+    if reference is not None:
         scores["precision"], scores["recall"] = precision_recall(reference.pool.to(device), samples.pool.to(device))
-    return scores, reasons
+    else:
+        reasons["precision"] = reasons["recall"] = "the reference holds no images"
+    return {**scores, **dict.fromkeys(reasons)}, reasons

@@ -13,12 +13,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from libs.checkpoint import WEIGHTS_FILE
 from libs.files import file_digest, replacing
 from libs.images import save_grid
-from libs.logger import code_version
-from libs.metrics import NpzImages, Reference, Scores
-from libs.sample_set import SampleSet
+from libs.metrics import ImageSet, NpzImages, Reference, Scores, stack_batches
 
 PUBLISHED_IMAGES = 50_000  # behind published scores
 NAMES = dict(fid="FID", sfid="sFID", inception_score="Inception Score", precision="precision", recall="recall")
@@ -80,15 +77,14 @@ def usual_mistakes(
     """List what stands between a score and the published ones, a sentence each.
 
     Args:
-        sampling: what is known of how the images were made (see `write_report`).
-        labels: the classes asked for, one per image; None: unknown.
+        sampling: see `write_report`. labels: the classes asked for, one per image; None: unknown.
     """
     found = []
     if n_images < PUBLISHED_IMAGES:
         found.append(f"{n_images} images: published scores are of {PUBLISHED_IMAGES}, and FID falls with more")
     if sampling.get("n_samples", n_images) != n_images:
         found.append(f"{n_images} images of a set of {sampling['n_samples']}: score the whole set")
-    if Path(sampling.get("weights", "")).name in (WEIGHTS_FILE, "nnet.pth"):
+    if Path(sampling.get("weights", "")).stem == "nnet":
         found.append("the weights are not EMA weights: published scores are of nnet_ema")
     n_classes = sampling.get("dataset.n_classes")
     if labels is not None and n_classes:
@@ -107,30 +103,20 @@ def usual_mistakes(
     return found
 
 
-def write_report(
-    folder: str | Path,
-    scores: Scores,
-    samples: NpzImages | SampleSet,
-    reference: Reference,
-    sampling: dict,
-    device: str = "cpu",
-) -> dict:
+def write_report(folder: str | Path, scores: Scores, samples: ImageSet, reference: Reference, sampling: dict) -> dict:
     """Write metrics.json, report.md and samples.png into `folder`, made if need be.
 
     Args:
         sampling: how the images were made: the settings that eval.py keeps in sampling.json and, where known, "config"
             (its name), "weights" (the file) and "step". JSON values; empty: unknown.
-        device: that the features were computed on.
 
-    Returns:
-        What metrics.json holds.
+    Returns what metrics.json holds.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = [result for result in PUBLISHED if result.config and result.config == sampling.get("config")]
-    files = [{"file": samples.name}]
-    if isinstance(samples, NpzImages):
-        files = [{"file": str(path), "sha256": file_digest(path)} for path in samples.paths]
+    of_npz = isinstance(samples, NpzImages)
+    files = [{"file": str(p), "sha256": file_digest(p)} for p in samples.paths] if of_npz else [{"file": samples.name}]
     counts = Counter(samples.labels or ())
     per_class = counts and {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
     report = {
@@ -151,15 +137,15 @@ def write_report(
             "inception_sha256": scores.weights,
             "resize": "TensorFlow 1 bilinear to 299x299, as ADM",
             "precision": "float32 features, float64 scores",
-            "device": device,
+            "device": scores.device,
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "code": code_version(),
+        "code": scores.code,
     }
     with replacing(folder / "metrics.json", "give another folder") as file:
         file.write(json.dumps(report, indent=1).encode())
     chosen = sorted({i * samples.count // N_PICTURES for i in range(N_PICTURES)})
-    save_grid(next(samples.batches(N_PICTURES, chosen)), folder / "samples.png", COLUMNS)
+    save_grid(next(stack_batches(samples.images(chosen), N_PICTURES)), folder / "samples.png", COLUMNS)
     with replacing(folder / "report.md", "give another folder") as file:
         file.write(as_markdown(report).encode())
     return report
@@ -170,12 +156,16 @@ def as_markdown(report: dict) -> str:
     samples, (height, width) = report["samples"], report["samples"]["size"]
     lines = [f"# Scores of {samples['images']:,} images of {width}x{height}", ""]
     lines += [f"| | {' | '.join(NAMES.values())} |", "|---" * (len(NAMES) + 1) + "|"]
-    lines.append(f"| **these images** | {' | '.join(number(report[name], '.4f') for name in NAMES)} |")
+
+    def add_row(title: str, scores: dict, form: str) -> None:
+        cells = ("–" if scores[name] is None else format(scores[name], form) for name in NAMES)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    add_row("**these images**", report, ".4f")
     own = report["published_for_config"]
     rows = own + [row for row in report["nearest_published"] if row not in own]
     for row in rows:
-        title = f"{row['model']}{', guided' if row['guided'] else ''} ({row['source']})"
-        lines.append(f"| {title} | {' | '.join(number(row[name], 'g') for name in NAMES)} |")
+        add_row(f"{row['model']}{', guided' if row['guided'] else ''} ({row['source']})", row, "g")
     below = "Below the first row: what is published for this config, then the nearest by FID; all of 50,000 images."
     lines += ["", below if rows else "Nothing is published for images of this size by these scores."]
     lines += [f"\n{NAMES[name]} was not computed: {reason}." for name, reason in report["not_computed"].items()]
@@ -189,8 +179,3 @@ def as_markdown(report: dict) -> str:
             text = value if isinstance(value, str) else json.dumps(value)
             lines.append(f"| {section} {key}".rstrip() + " | " + text.replace("|", "\\|") + " |")
     return "\n".join(lines) + "\n"
-
-
-def number(value: float | None, form: str) -> str:
-    """Format a score, or a dash for one that is not known."""
-    return "–" if value is None else format(value, form)

@@ -5,14 +5,13 @@ decides the images, and class_lab.txt, one label per line in index order. A set 
 are disjoint and together the whole.
 """
 
-import json
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from libs import UserError
 from libs.checkpoint import differences
-from libs.data import threads
+from libs.files import read_json, replacing
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"
@@ -31,9 +30,6 @@ IMAGE_NAME = re.compile(r"(0|[1-9][0-9]*)\.png")
 TEMPORARY_NAME = re.compile(r"\..*\.tmp")
 PNG_END = bytes.fromhex("49454e44ae426082")  # the IEND chunk: a PNG without it is cut short
 READ_AHEAD = 256  # images decoded at a time: 50 MB at 256x256
-
-
-# --- Indices ----------------------------------------------------------------------------------------------------------
 
 
 def balanced_label(index: int, n_samples: int, n_classes: int) -> int:
@@ -57,21 +53,13 @@ def span(indices: range) -> str:
     return f"images {indices.start} to {indices.stop - 1}"
 
 
-# --- Writing ----------------------------------------------------------------------------------------------------------
-
-
 def write_png(image: np.ndarray, path: Path) -> None:
-    """Write a uint8 image (H, W, 3) whole or not at all. Raises OSError that names it.
+    """Write a uint8 image (H, W, 3) whole or not at all. Raises WriteError.
 
     It is not forced to the disk, which is slow for so many: `missing_files` finds a PNG that a power cut left short.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(image).save(temporary, format="png", compress_level=1)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}; re-run the command to resume", str(path)) from error
+    with replacing(path, "set another folder", sync=False) as file:
+        Image.fromarray(image).save(file, format="png", compress_level=1)
 
 
 def missing_files(folder: Path, indices: Iterable[int]) -> list[int]:
@@ -90,28 +78,22 @@ def missing_files(folder: Path, indices: Iterable[int]) -> list[int]:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed program left half-written. Call it while nobody writes into `folder`."""
-    for entry in os.scandir(folder):
-        if TEMPORARY_NAME.fullmatch(entry.name):
-            os.unlink(entry.path)
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 class SetWriter:
-    """Write batches of a set by threads, so that sampling goes on meanwhile.
+    """Write batches of a set by threads, while sampling goes on; `put` waits where `depth` batches are unwritten."""
 
-    Args:
-        depth: batches in hand; `put` waits for the oldest when there are as many.
-    """
-
-    def __init__(self, folder: Path, n_threads: int = 4, depth: int = 3):
+    def __init__(self, folder: Path, depth: int = 3):
         self.folder, self.depth = folder, depth
-        self.pool = threads(n_threads)
+        self.pool = ThreadPoolExecutor(4)
         self.pending: deque[list[Future]] = deque()
 
     def put(self, indices: range, images: Callable[[], np.ndarray], wanted: Iterable[int]) -> None:
-        """Write the images `wanted` of a batch. Raises what an earlier writing raised, such as OSError on a full disk.
+        """Write the images `wanted` of a batch of `indices`. Raises what an earlier writing raised, such as WriteError.
 
         Args:
-            indices: of the batch.
             images: gives the batch when called, uint8 (B, H, W, 3); it may wait, and is called by threads.
         """
         while len(self.pending) >= self.depth:
@@ -141,44 +123,30 @@ def to_host(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor to the host; the function returned waits, in any thread, and gives the CPU tensor."""
     if not tensor.is_cuda:
         return lambda: tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host, device = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), tensor.device
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)  # blocking: waiting sleeps
     copied.record()
 
     def wait() -> Tensor:
-        copied.synchronize()
+        with torch.cuda.device(device):  # a new thread's current GPU is the first, where this would take memory
+            copied.synchronize()
         return host
 
     return wait
 
 
-# --- Settings ---------------------------------------------------------------------------------------------------------
-
-
 def shorten(names: Sequence) -> str:
-    """List the first few names, for a message."""
+    """List the first five names, for a message."""
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def read_settings(folder: Path) -> dict:
     """Read sampling.json of a folder; empty if there is none. Raises UserError where it is damaged."""
-    file = folder / SETTINGS_FILE
     try:
-        return dict(json.loads(file.read_text()).items())
+        return read_json(folder / SETTINGS_FILE, f"remove {folder} and sample again")
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): remove {folder} and sample again") from error
-
-
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
-
-def stack_batches(images: Iterator[np.ndarray], batch_size: int) -> Iterator[Tensor]:
-    """Stack images (H, W, 3) as (B, 3, H, W), B = batch_size but for the last."""
-    while batch := list(islice(images, batch_size)):
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -194,15 +162,13 @@ class Part:
 def open_part(folder: Path, n_samples: int | None = None) -> Part:
     """Open one folder of a set.
 
+    Raises FileNotFoundError; UserError for missing or extra files, or labels that are not the images'.
+
     Args:
         n_samples: images expected; None: what sampling.json says, else as many as in class_lab.txt, else as found.
-
-    Raises:
-        FileNotFoundError: no folder.
-        UserError: missing or extra files, or labels that are not the images'.
     """
-    names = {entry.name for entry in os.scandir(folder)} - {SETTINGS_FILE, LABELS_FILE}
-    names = {name for name in names if not TEMPORARY_NAME.fullmatch(name)}
+    names = {entry.name for entry in os.scandir(folder) if not TEMPORARY_NAME.fullmatch(entry.name)}
+    names -= {SETTINGS_FILE, LABELS_FILE}
     settings, labels_file = read_settings(folder), folder / LABELS_FILE
     labels = expected_labels = None
     try:
@@ -237,16 +203,13 @@ class SampleSet:
     """All images of a set, in index order, read as they are used.
 
     Args:
-        folders: one or several.
         n_samples: images expected, as of `open_part`.
 
     Attributes:
         folders: in index order. paths: N PNGs. count: N. size: (H, W) in pixels. labels: N of them, or None.
         settings: without the range. name: for messages.
 
-    Raises:
-        FileNotFoundError, UserError: as `open_part`; folders made with other settings; images that are in two folders
-        or in none.
+    Raises the errors of `open_part`, and UserError for folders of other settings and images in two folders or in none.
     """
 
     def __init__(self, *folders: str | Path, n_samples: int | None = None):
@@ -274,7 +237,7 @@ class SampleSet:
         labels = [part.labels for part in parts]
         self.labels = None if None in labels else list(chain.from_iterable(labels))
         self.name, self.size = str(first.folder), None
-        self.size = tuple(next(self.batches(1, [0])).shape[2:])
+        self.size = next(self.images([0])).shape[:2]
 
     def _read(self, path):
         """Read an 8-bit RGB PNG of the set's size as (H, W, 3) uint8; a string says why a file is none."""
@@ -283,32 +246,23 @@ class SampleSet:
                 if image.mode != "RGB":
                     return f"{path} is of mode {image.mode}, expected RGB"
                 pixels = np.asarray(image)
-        except Exception as error:  # Pillow's decoders raise many kinds
+        except Exception as error:  # Pillow's errors are of many types
             return f"{path} cannot be read as PNG ({error})"
         if self.size and pixels.shape[:2] != self.size:
             (h, w), (h0, w0) = pixels.shape[:2], self.size
             return f"{path} is {w}x{h}, expected {w0}x{h0} like {self.paths[0].name}"
         return pixels
 
-    def images(self, indices: Sequence[int] | None = None) -> Iterator[np.ndarray | str]:
-        """Read the images at `indices`, all unless given: (H, W, 3) uint8, or a string that says why one is refused.
-
-        Some are decoded in advance, READ_AHEAD at most.
-        """
+    def read(self, indices: Sequence[int] | None = None) -> Iterator[np.ndarray | str]:
+        """Read the images at `indices`, all unless given: (H, W, 3) uint8, or a string that says why one is refused."""
         indices = range(self.count) if indices is None else indices
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for i in range(0, len(indices), READ_AHEAD):
                 yield from pool.map(self._read, [self.paths[k] for k in indices[i : i + READ_AHEAD]])
 
-    def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Read the images at `indices`, all unless given, as uint8 (B, 3, H, W), B at most `batch_size`.
-
-        Raises UserError for a file that cannot be used.
-        """
-
-        def usable(image: np.ndarray | str) -> np.ndarray:
+    def images(self, indices: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """Read the images at `indices`, all unless given: (H, W, 3) uint8. Raises UserError for one that is refused."""
+        for image in self.read(indices):
             if isinstance(image, str):
                 raise UserError(f"{image}: remove it and re-run eval.py, which makes what is missing")
-            return image
-
-        return stack_batches(map(usable, self.images(indices)), batch_size)
+            yield image

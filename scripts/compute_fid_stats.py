@@ -26,7 +26,7 @@ from libs.files import check_writable, replacing
 from libs.images import ImageBatches, ImageTree, batch_ranges, image_size
 from libs.inception import find_inception, load_adm_inception
 from libs.launch import cpu_count, errors_in_one_line
-from libs.metrics import GaussianStatistics, NpzImages
+from libs.metrics import GaussianStatistics, NpzImages, stack_batches
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -35,7 +35,7 @@ def open_images(args: argparse.Namespace) -> tuple[int, Iterator[torch.Tensor]]:
     """Open a folder or .npz: the number of images, and uint8 batches (B, 3, H, W)."""
     if args.images.endswith(".npz"):
         images = NpzImages(args.images)
-        return images.count, images.batches(args.batch_size)
+        return images.count, stack_batches(images.images(), args.batch_size)
     if not args.resolution:
         raise UserError("a folder of images needs --resolution, the size they are cropped to")
     tree = ImageTree(args.images)

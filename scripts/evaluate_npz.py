@@ -21,11 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+import utils
 from libs import UserError
 from libs.files import check_writable
 from libs.inception import find_inception
 from libs.launch import TIMEOUT, errors_in_one_line, make_state
-from libs.metrics import NpzImages, open_reference, score_sets
+from libs.metrics import NpzImages, open_reference
 from libs.report import NAMES, usual_mistakes, write_report
 from libs.sample_set import SampleSet
 
@@ -45,14 +46,14 @@ def evaluate(args: argparse.Namespace) -> None:
     reference = open_reference(args.reference)
     weights = find_inception(ASSETS)
     state = make_state(TIMEOUT)
-    scores = score_sets(samples, reference, weights, state, args.batch_size)
+    scores = utils.score_sets(samples, reference, weights, state, args.batch_size)
     if state.is_main_process:
         for name, title in NAMES.items():
             print(f"{title}: {scores.reasons.get(name) or f'{scores.values[name]:.4f}'}")
         for warning in usual_mistakes(samples.count, samples.size, reference, samples.settings, samples.labels):
             print(f"warning: {warning}")
         if args.out:
-            write_report(args.out, scores, samples, reference, samples.settings, state.device.type)
+            write_report(args.out, scores, samples, reference, samples.settings)
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -175,7 +175,7 @@ def prepare(writer: StoreWriter, tree: ImageTree, args: argparse.Namespace) -> l
     """Begin the store or look at what is there. Returns the numbers of the shards to encode, None if it is complete."""
     todo = writer.begin(lambda shard: sizes_digest(tree, *writer.image_range(shard)))
     if writer.is_complete():
-        print(f"{args.out} is complete with these settings ({len(LatentStore.open(args.out))} records): nothing to do")
+        print(f"{args.out} is complete with these settings ({len(LatentStore(args.out))} records): nothing to do")
         return None
     n_images = sum(last - first for first, last in map(writer.image_range, todo))
     record_bytes = np.dtype(args.dtype).itemsize * int(np.prod(writer.settings["record_shape"]))
@@ -199,7 +199,7 @@ def finish(writer: StoreWriter, tree: ImageTree, unreadable: list[tuple[int, str
                 f"leave them out; re-run to complete {args.out}"
             )
     writer.finish(tree.labels, tree.name)
-    store = LatentStore.open(args.out)
+    store = LatentStore(args.out)
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
 
 

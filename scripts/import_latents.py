@@ -105,7 +105,7 @@ def import_latents(args: argparse.Namespace) -> None:
             records = as_moments(source.read(start, stop), autoencoder, scaled)
             writer.write_shard(shard, records, source=digest(shard))
     writer.finish(np.concatenate(labels))
-    store = LatentStore.open(args.out)
+    store = LatentStore(args.out)
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
 
 

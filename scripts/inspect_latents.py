@@ -76,7 +76,7 @@ def draw_samples(store: LatentStore, autoencoder: Autoencoder, n: int) -> Image.
 def inspect(args: argparse.Namespace) -> None:
     if args.png:
         check_writable(args.png, "--png", [".png"])
-    store = LatentStore.open(args.store)
+    store = LatentStore(args.store)
     print(describe(store))
     if args.verify:
         store.verify()

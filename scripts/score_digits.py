@@ -93,8 +93,7 @@ def read_generated(folder: str | Path) -> Images:
             f"{folder}: expected images of {IMAGE_SIZE}x{IMAGE_SIZE} with labels 0..{N_CLASSES - 1} in class_lab.txt: "
             "sample the digits with eval.py"
         )
-    pixels = torch.cat(list(images.batches(256)))
-    return pixels.permute(0, 2, 3, 1).numpy(), np.array(images.labels)
+    return np.stack(list(images.images())), np.array(images.labels)
 
 
 def evenly(items: np.ndarray, n: int) -> np.ndarray:

@@ -32,7 +32,7 @@ import utils
 from configs.common import check_fields
 from libs import UserError, launch
 from libs.files import file_digest, replacing
-from libs.metrics import PlannedImages, score_sets
+from libs.metrics import PlannedImages
 from libs.model import image_size, open_autoencoder
 from libs.report import NAMES
 from libs.sample_set import RANGE, SampleSet
@@ -89,7 +89,7 @@ def open_scorer(reference: str | None, digits: str, config: ml_collections.Confi
         opened, weights = scoring
 
         def adm_scores(folder, accelerator):
-            scores = score_sets(SampleSet(folder), opened, weights, accelerator)
+            scores = utils.score_sets(SampleSet(folder), opened, weights, accelerator)
             return scores and scores.values
 
         identity = {"reference_sha256": file_digest(opened.path), "inception_sha256": file_digest(weights)}

@@ -101,7 +101,7 @@ def test_autoencoder_is_small():
         ("--lr=nan", "--lr must be at least 0; found nan"),
         ("--lr=-1", "--lr must be at least 0; found -1"),
         ("--kl_weight=-1", "--kl_weight must be at least 0; found -1"),
-        ("--picture=p.foo", "--picture must end in .png; found p.foo"),
+        ("--picture=p.foo", "--picture must be a .png file; found the file p.foo"),
         ("--out=/proc/x", "Cannot write /proc/x: .*, or set --out"),
     ],
 )
@@ -214,5 +214,5 @@ def test_refuses_missing_inputs(tmp_path, digits):
         score_digits.make_report(arguments(tmp_path, digits))
     with pytest.raises(FileNotFoundError, match=r"images"):
         score_digits.make_report(arguments(tmp_path, digits, train_dir=None))
-    with pytest.raises(ValueError, match=r"--out must be a file, and .* is a folder"):
+    with pytest.raises(ValueError, match=r"--out must be a file; found the folder "):
         score_digits.make_report(arguments(tmp_path, digits, out=str(tmp_path)))

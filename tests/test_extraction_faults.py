@@ -42,6 +42,6 @@ def test_killed_at_random_moments_and_run_again_the_store_is_the_same(tiny_image
         found.append(n_shards(killed))
     assert 0 < found[1] < found[-1] and not (killed / "index.json").exists(), found
     join(start(tiny_images, killed, tiny_autoencoder, 2))
-    LatentStore.open(killed).verify()
+    LatentStore(killed).verify()
     contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, killed)]
     assert contents[0] == contents[1]

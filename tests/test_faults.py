@@ -674,7 +674,7 @@ def test_posthoc_script_on_a_run(tiny_config, tmp_path, monkeypatch):
     assert checkpoint.saved_settings(deeper)["step"] == 4
     for flags, message in (
         (("--step", "7"), "error: --step must be from 2 to 6, .*; found 7$"),
-        (("--out", tmp_path), "error: --out must end in .safetensors; found "),
+        (("--out", tmp_path), "error: --out must be a .safetensors file; found "),
         (("--out", "/proc/x.safetensors"), "error: Cannot write /proc/x.safetensors: .*, or set --out$"),
         (("--ckpts", tmp_path / "alone"), "error: no power-function EMAs in "),
     ):

@@ -202,7 +202,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_trees_that_cannot_be_used(tmp_path):
-    with pytest.raises(UserError, match="absent"):
+    with pytest.raises(FileNotFoundError, match="absent"):
         ImageTree(tmp_path / "absent")
     with pytest.raises(UserError, match="holds no images"):
         ImageTree(tmp_path)

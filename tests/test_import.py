@@ -55,7 +55,7 @@ def run(source, out, autoencoder, kind, *more):
     arguments = ["--format", kind, "--source", source, "--out", out, "--autoencoder", autoencoder]
     arguments += ["--n_classes", CLASSES, "--shard_size", 4, *more]
     import_latents.main([str(argument) for argument in arguments])
-    store = LatentStore.open(out)
+    store = LatentStore(out)
     store.verify()
     store.check_against(autoencoder=load_autoencoder(autoencoder).identity, n_classes=CLASSES)
     return store
@@ -138,7 +138,7 @@ def test_bad_sources_end_with_one_line(tmp_path, autoencoder):
     source = write_uvit(tmp_path / "source")
     with pytest.raises(SystemExit, match="should hold one folder"):
         run(source, tmp_path / "out", autoencoder, "fast-dit")
-    with pytest.raises(SystemExit, match=r"should hold LightningDiT's \.safetensors shards, found latents \[\]"):
+    with pytest.raises(SystemExit, match=r"should hold LightningDiT's \.safetensors shards; found 0"):
         run(source, tmp_path / "out", autoencoder, "lightningdit")
     with pytest.raises(SystemExit, match="labels from 0 to 3: expected 0 to --n_classes - 1"):
         run(source, tmp_path / "out", autoencoder, "uvit", "--n_classes", 2)
@@ -165,18 +165,19 @@ def test_bad_sources_end_with_one_line(tmp_path, autoencoder):
 
 
 def test_lightningdit_shards_that_do_not_fit(tmp_path):
-    def shard(latents, flipped, labels):
-        return {"latents": torch.zeros(latents), "latents_flip": torch.zeros(flipped), "labels": torch.zeros(labels)}
+    def shard(latents, flipped, labels, label_dtype=torch.int64):
+        return {
+            "latents": torch.zeros(latents),
+            "latents_flip": torch.zeros(flipped),
+            "labels": torch.zeros(labels, dtype=label_dtype),
+        }
 
     four, five, none = (2, 4, 4, 4), (2, 4, 5, 5), (0, 4, 4, 4)
     for shards, message in (
         ([{"latents": torch.zeros(four), "labels": torch.zeros(2)}], r"0\.safetensors is not a shard.*latents_flip"),
-        ([shard(none, none, 0)], r"found latents \[\[0, 4, 4, 4\]\]"),
-        (
-            [shard(four, five, 2)],
-            r"0\.safetensors is not a shard .*: latents, latents_flip and labels of",
-        ),
-        ([shard(four, four, 2), shard(five, five, 2)], r"found latents \[\[2, 4, 4, 4\], \[2, 4, 5, 5\]\]"),
+        ([shard(none, none, 0)], r"shards; found 1 empty"),
+        ([shard(four, five, 2)], r"0\.safetensors is not a shard .*latents_flip .*5, 5"),
+        ([shard(four, four, 2), shard(five, five, 2)], r"1\.safetensors .* found latents .*5, 5.*; first .*4, 4"),
         ([b"damaged"], r"0\.safetensors is not a shard"),
     ):
         for k, content in enumerate(shards):
@@ -185,9 +186,9 @@ def test_lightningdit_shards_that_do_not_fit(tmp_path):
         with pytest.raises(UserError, match=message):
             LightningDiTFolder(tmp_path)
         (tmp_path / "1.safetensors").unlink(missing_ok=True)
-    save_file(shard(four, four, 2), tmp_path / "0.safetensors")
-    with pytest.raises(UserError, match=r"labels of torch\.float32"):
-        LightningDiTFolder(tmp_path).labels(0, 2)
+    save_file(shard(four, four, 2, torch.float32), tmp_path / "0.safetensors")
+    with pytest.raises(UserError, match=r"labels \('F32', 2\)"):
+        LightningDiTFolder(tmp_path)
 
 
 class RunsCode:
@@ -331,7 +332,7 @@ def test_inspect_refuses_another_autoencoder(tmp_path, autoencoder):
     vae.save_pretrained(tmp_path / "other")
     for png, message in (
         ("x.png", "autoencoder of the store is"),
-        ("x.foo", "--png must end in .png; found "),
+        ("x.foo", "--png must be a .png file; found "),
         ("out/index.json/x.png", "Cannot write .*, or set --png"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -32,6 +32,7 @@ from libs.metrics import (
     open_reference,
     precision_recall,
     score,
+    stack_batches,
 )
 from scripts import evaluate_npz
 
@@ -292,11 +293,11 @@ def test_images_are_read_in_batches_from_anywhere(tmp_path, save):
         save(name, part)
     for npz in (NpzImages(names[0]), NpzImages(*names[1:])):
         assert (npz.count, npz.size) == (11, (6, 5))
-        batches = list(npz.batches(4))
+        batches = list(stack_batches(npz.images(), 4))
         assert [len(batch) for batch in batches] == [4, 4, 3]
         assert torch.equal(torch.cat(batches), tensors(images))
         for indices in (range(3, 8), [0, 2, 9]):
-            assert torch.equal(torch.cat(list(npz.batches(2, indices))), tensors(images[indices]))
+            assert np.array_equal(list(npz.images(indices)), images[indices])
 
 
 def ragged():
@@ -332,10 +333,13 @@ def test_what_the_command_cannot_score(tmp_path):
     images, wide, empty = (str(tmp_path / name) for name in ("images.npz", "wide.npz", "empty"))
     for arguments, message in (
         ([images, images, empty], "SAMPLES must be folders or files, not both"),
-        ([images, images, "--out", images], "--out must be a folder, and .* is a file"),
+        ([images, images, "--out", images], "--out must be a folder; found the file .*images"),
         ([images, images, "--batch_size", "0"], "--batch_size must be at least 1; found 0"),
         ([images, empty], r"expected 0\.png to 0\.png by the images found, found 1 missing"),
-        ([images, images, wide], r"wide\.npz is 16x8 but .*images\.npz is 8x8"),
+        (
+            [images, images, wide],
+            r"wide\.npz .* uint8 \(N, 8, 8, 3\), as in .*images\.npz; found uint8 \(5, 8, 16, 3\)",
+        ),
         ([images, str(tmp_path / "absent.npz")], r"absent\.npz"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -353,12 +357,12 @@ def test_damaged_images_are_named(tmp_path):
     with zipfile.ZipFile(cut, "w") as archive:  # a header that promises more images than there are
         archive.writestr("arr_0.npy", member[:-200])
     with pytest.raises(ValueError, match=r"cut\.npz is damaged"):
-        list(NpzImages(cut).batches(4))
+        list(NpzImages(cut).images())
     flipped = bytearray(whole.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     cut.write_bytes(flipped)
     with pytest.raises(ValueError, match=r"cut\.npz.* Bad CRC-32"):
-        list(NpzImages(cut).batches(4))
+        list(NpzImages(cut).images())
 
 
 @pytest.mark.parametrize(
@@ -457,9 +461,13 @@ def test_two_processes_share_the_work(tmp_path, inception_assets, network, sets)
     assert report["inception_score"] == pytest.approx(inception_score(logits), rel=1e-4)
 
 
+def in_memory(images):
+    return types.SimpleNamespace(count=len(images), name="", images=lambda indices: iter(images[indices]))
+
+
 def test_features_of_parts_are_those_of_the_set(network, sets):
-    whole = extract_features(network, [tensors(sets[0])])
-    parts = SetFeatures.joined([extract_features(network, [tensors(part)]) for part in (sets[0][:3], sets[0][3:])])
+    whole = extract_features(network, in_memory(sets[0]), 20)
+    parts = SetFeatures.joined([extract_features(network, in_memory(sets[0]), 3, 5, i) for i in range(5)])  # of 4
     torch.testing.assert_close(parts.pool, whole.pool, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(parts.gaussians()["sfid"][1], whole.gaussians()["sfid"][1], rtol=1e-3, atol=1e-4)
@@ -469,7 +477,7 @@ def test_nan_features_are_refused(network, sets):
     broken = copy.deepcopy(network)
     broken.trunk.Conv2d_1a_3x3.conv.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match=r"found 2, 2 with NaN"):
-        extract_features(broken, [tensors(sets[0][:2])])
-    good = extract_features(network, [tensors(sets[0][:4])])
+        extract_features(broken, in_memory(sets[0][:2]), 2)
+    good = extract_features(network, in_memory(sets[0][:4]), 4)
     with pytest.raises(ValueError, match="found 4, 4 with NaN"):
         score(SetFeatures(good.pool * torch.nan, good.logits, good.spatial), {}, good)

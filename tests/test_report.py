@@ -174,10 +174,11 @@ QUICK_SCORES = """
 import functools, runpy, sys
 sys.path[:0] = [".", "tests"]
 from conftest import quick_distance
+import utils
 from libs import metrics
 
 metrics.frechet_distance = quick_distance
-metrics.score_sets = functools.partial(metrics.score_sets, batch_size=6)
+utils.score_sets = functools.partial(utils.score_sets, batch_size=6)
 runpy.run_path("eval.py", run_name="__main__")
 """
 
@@ -200,7 +201,7 @@ def test_two_processes_sample_and_score_as_the_sweep_does_alone(
     report = json.loads((tmp_path / "images_report" / "metrics.json").read_text())
 
     monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
-    monkeypatch.setattr(sweep_guidance, "score_sets", functools.partial(metrics.score_sets, batch_size=6))
+    monkeypatch.setattr(utils, "score_sets", functools.partial(utils.score_sets, batch_size=6))
     sample = tiny_config.sample
     setting = sweep_guidance.Setting(sample.scale, sample.scale_pow, None, sample.sample_steps)
     monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
@@ -239,7 +240,7 @@ def test_a_failed_fid_does_not_end_the_training(tiny_config, inception_assets, t
     def damaged(*args):
         raise ValueError("the weights are damaged by now")
 
-    monkeypatch.setattr(metrics, "load_adm_inception", damaged)
+    monkeypatch.setattr(utils, "score_sets", damaged)
     assert training.train(tiny_config, tmp_path / "run") == 0
     assert caplog.text.count("no FID at this step, training goes on: the weights are damaged by now") == 2
     assert not list((tmp_path / "run" / "fid").iterdir())

@@ -161,7 +161,7 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path, monkeypatch):
         (("--classes", "1", "--autoencoder", "none.pth"), grid, "none.pth"),
         (("--classes", "1", "--config", "configs/digits.py"), grid, "trained with another config (dataset.n_classes"),
         (("--columns", "class,steps,class"), grid, "error: --columns must be some of class, sample, guidance, steps"),
-        (("--steps", "3"), tmp_path / "o.jpg", "error: --grid must end in .png"),
+        (("--steps", "3"), tmp_path / "o.jpg", "error: --grid must be a .png"),
         (("--steps", "3"), tmp_path / "file" / "o.png", "set --grid"),
     ):
         words = ["sample.py", "--nnet_path", weights, *flags, "--grid", path]

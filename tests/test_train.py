@@ -181,7 +181,7 @@ def test_ema_by_hand():
         ("z_shape", (4, 16, 16), "record_shape of the store"),
         ("loss_coeffs", (1.0,), "config.loss_coeffs must be 2 numbers of at least 0"),
         ("train.accumulation", 5, "config.train.batch_size must be divisible by processes x accumulation"),
-        ("train.batch_size", 600, "60 records, less than config.train.batch_size, 600"),
+        ("train.batch_size", 600, "found 600 with 1 x 1 and 60 records"),
         ("dataset.path", "nowhere", "nowhere"),
         ("autoencoder.pretrained_path", "", "set config.autoencoder.pretrained_path"),
         ("dataset.n_classes", 4, "n_classes of the store is 3"),
