@@ -8,6 +8,7 @@ Dhariwal, arXiv 2102.09672), classifier-free guidance (Ho and Salimans, arXiv 22
 (Kynkäänniemi et al., arXiv 2404.07724) and autoguidance (Karras et al., arXiv 2406.02507).
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 Network = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]  # (x, t, y) -> R predictions, coarsest first
 NoiseModel = Callable[[Tensor, float], Tensor]  # eps(x, t): x (B, C, H, W), one time t for the batch
+PREDICTIONS = ("eps", "v", "x")  # noise, velocity and data
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
 
@@ -52,8 +54,23 @@ class Schedule(ABC):
     def times(self, uniform: Tensor) -> Tensor:
         """Map draws uniform in [0, 1) to training times."""
 
+    @abstractmethod
+    def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute (a, b) of the velocity v = a x_0 + b eps, with alpha b - sigma a = 1."""
+
+    @abstractmethod
+    def noise_rate(self, t: Tensor) -> Tensor:
+        """Compute w(t), the variance per unit of time that the reverse SDE adds."""
+
     def alpha(self, t: Tensor) -> Tensor:
         return self.log_alpha(t).exp()
+
+    def grid(self, n: int, shift: float = 1.0, first: float | None = None, last: float | None = None) -> Tensor:
+        """Divide the time from `first` (t_end) to `last` (t_start) into n equal intervals, then shift: (n + 1,)."""
+        first, last = self.t_end if first is None else first, self.t_start if last is None else last
+        if shift == 1:
+            return torch.linspace(first, last, n + 1, dtype=torch.float64)
+        return last + (first - last) * shift_times(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Compute x_t for a batch: x0 and eps (B, C, H, W), t (B,)."""
@@ -62,11 +79,29 @@ class Schedule(ABC):
 
 
 class VariancePreserving(Schedule):
-    """alpha² = alpha_bar and sigma² = 1 - alpha_bar. Subclasses define `log_alpha_bar`."""
+    """alpha² = alpha_bar and sigma² = 1 - alpha_bar: the SDE dx = -beta(t) / 2 x dt + sqrt(beta(t)) dw."""
 
     @abstractmethod
     def log_alpha_bar(self, t: Tensor) -> Tensor:
         """Compute log alpha_bar(t)."""
+
+    @abstractmethod
+    def beta(self, t: Tensor) -> Tensor:
+        """Compute beta(t) = -d log alpha_bar / dt."""
+
+    def drift(self, t: Tensor) -> Tensor:
+        """Compute the coefficient of x."""
+        return -self.beta(t) / 2
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return self.beta(t).sqrt()
+
+    def noise_rate(self, t: Tensor) -> Tensor:
+        return self.beta(t)
+
+    def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As Salimans and Ho (arXiv 2202.00512), and as v_prediction in diffusers: v has unit variance."""
+        return -self.sigma(t), self.alpha(t)
 
     def alpha_bar(self, t: Tensor) -> Tensor:
         return self.log_alpha_bar(t).exp()
@@ -110,6 +145,11 @@ class DiscreteSchedule(VariancePreserving):
         left = position.floor().clamp(0, self.n_timesteps - 2).long()
         return torch.lerp(table[left], table[left + 1], position - left)
 
+    def beta(self, t: Tensor) -> Tensor:
+        table = self.table_on(t.device)
+        left = (t.double() * self.n_timesteps - 1).floor().clamp(0, self.n_timesteps - 2).long()
+        return (table[left] - table[left + 1]) * self.n_timesteps
+
     def inverse_lambda(self, lam: Tensor) -> Tensor:
         log_alpha_bar = log_alpha_bar_of(lam)
         table = self.table_on(lam.device)
@@ -126,18 +166,7 @@ class DiscreteSchedule(VariancePreserving):
 
 
 class ContinuousSchedule(VariancePreserving):
-    """A VP-SDE dx = -beta(t) / 2 x dt + sqrt(beta(t)) dw. The network is conditioned on log SNR(t) / 4."""
-
-    @abstractmethod
-    def beta(self, t: Tensor) -> Tensor:
-        """Compute beta(t)."""
-
-    def drift(self, t: Tensor) -> Tensor:
-        """Compute the coefficient of x."""
-        return -self.beta(t) / 2
-
-    def diffusion(self, t: Tensor) -> Tensor:
-        return self.beta(t).sqrt()
+    """A schedule in continuous time. The network is conditioned on log SNR(t) / 4."""
 
     def nsr(self, t: Tensor) -> Tensor:
         """Compute the noise-to-signal ratio sigma² / alpha², clamped to [1e-12, 1e6]."""
@@ -197,7 +226,44 @@ class CosineSDE(ContinuousSchedule):
         return log_cos.exp().acos() * 2 * (1 + self.s) / math.pi - self.s
 
 
-SCHEDULES = {"sd": DiscreteSchedule, "vpsde": VPSDE, "vpsde_cosine": CosineSDE}
+class LinearSchedule(Schedule):
+    """The path of flow matching, x_t = (1 - t) x_0 + t eps (Lipman et al., arXiv 2210.02747; Liu et al., 2209.03003).
+
+    The velocity is dx/dt = eps - x_0. The network is conditioned on 2 t - 1, as by `DiscreteSchedule`. At t = 1 only a
+    velocity says anything of x_0, and sigma is 0 at t = 0: solvers that divide by either stay within [t_start, t_end].
+    """
+
+    t_end = 1 - 1e-3
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t.double())
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def lambda_(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t.double()) - t.double().log()
+
+    def inverse_lambda(self, lam: Tensor) -> Tensor:
+        return torch.sigmoid(-lam.double())
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (2 * t - 1).float()
+
+    def times(self, uniform: Tensor) -> Tensor:
+        return uniform.double()
+
+    def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t.double()), torch.ones_like(t.double())
+
+    def noise_rate(self, t: Tensor) -> Tensor:
+        return 2 * self.sigma(t)  # as SiT (arXiv 2401.08740)
+
+
+SCHEDULES = {"sd": DiscreteSchedule, "vpsde": VPSDE, "vpsde_cosine": CosineSDE, "linear": LinearSchedule}
 
 
 def get_schedule(name: str) -> Schedule:
@@ -210,6 +276,65 @@ def log_alpha_bar_of(lam: Tensor) -> Tensor:
     return -F.softplus(-2 * lam.double())
 
 
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Move times t in [0, 1] toward noise (shift > 1) or data (< 1): s t / (1 + (s - 1) t) (arXiv 2403.03206)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def training_times(
+    schedule: Schedule, uniform: Tensor, law: str = "uniform", mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+) -> Tensor:
+    """Map draws uniform in [0, 1) to training times of a law: float64 (B,).
+
+    Args:
+        law: uniform, or logit_normal: the logit of t is normal with `mean` and `std` (arXiv 2403.03206).
+        shift: of `shift_times`.
+    """
+    if law == "uniform" and shift == 1:
+        return schedule.times(uniform)
+    t = uniform.double()
+    if law == "logit_normal":
+        t = torch.sigmoid(mean + std * torch.special.ndtri(t))
+    return schedule.times(shift_times(t, shift).clamp(1e-6, 1 - 1e-6))
+
+
+# --- What the network predicts ----------------------------------------------------------------------------------------
+
+
+def prediction_target(schedule: Schedule, prediction: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Compute what a network is to predict at full resolution, one of PREDICTIONS: x0 and eps (B, C, H, W), t (B,)."""
+    if prediction == "v":
+        a, b = (value.view(-1, *[1] * (x0.ndim - 1)) for value in schedule.velocity_coefficients(t))
+        return (a * x0 + b * eps).to(x0.dtype)
+    return eps if prediction == "eps" else x0
+
+
+def convert(schedule: Schedule, x: Tensor, output: Tensor, t: float, source: str, wanted: str) -> Tensor:
+    """Convert a branch's output from one of PREDICTIONS to another.
+
+    With v = a x_0 + b eps and alpha b - sigma a = 1: x_0 = b x_t - sigma v, eps = alpha v - a x_t.
+
+    Args:
+        x: x_t (B, C, H, W). output: (B, C, H / k, W / k), of the branch at ratio k; x is downsampled alike.
+        t: time of the whole batch.
+    """
+    if source == wanted:
+        return output
+    host_t = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(host_t).item(), schedule.sigma(host_t).item()
+    a, b = (value.item() for value in schedule.velocity_coefficients(host_t))
+    if source == "eps":  # wanted = of_x x_t + of_output output
+        of_x, of_output = (1 / alpha, -sigma / alpha) if wanted == "x" else (a / alpha, 1 / alpha)
+    elif source == "v":
+        of_x, of_output = (b, -sigma) if wanted == "x" else (-a, alpha)
+    else:
+        of_x, of_output = (1 / sigma, -alpha / sigma) if wanted == "eps" else (b / sigma, -1 / sigma)
+    ratio = x.shape[-1] // output.shape[-1]
+    # Branches predict data as means, and the other two as means times the ratio.
+    to_sums, to_means = ratio if source == "x" else 1, ratio if wanted == "x" else 1
+    return (of_x * multi_scale_target(x, ratio) + of_output * to_sums * output) / to_means
+
+
 # --- Loss -------------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +344,9 @@ def multi_scale_target(eps: Tensor, ratio: int) -> Tensor:
     Average ratio x ratio cells and multiply by ratio, so that white noise keeps unit variance. The released code does
     this; the paper's text only averages. Odd sizes, with H - 1 divisible by ratio: sum windows of (ratio + 1)² centered
     on every ratio-th cell, zeros outside, and divide by ratio + 1.
+
+    The velocity of the linear path is downsampled by the same rule, as published (FreqFlow, CrossFlow): its variance is
+    1 + ratio² Var(mean of x_0 over the cells).
 
     Args:
         eps: (B, C, H, W).
@@ -233,24 +361,57 @@ def multi_scale_target(eps: Tensor, ratio: int) -> Tensor:
     return F.avg_pool2d(eps, ratio + 1, stride=ratio, padding=ratio // 2) * (ratio + 1)
 
 
-def default_loss_weights(n_stages: int) -> tuple[float, ...]:
-    """Compute the released weights a_r = 1 / (2^(R-1-r))²: 1/4, 1 for R = 2 and 1/16, 1/4, 1 for R = 3."""
-    return tuple(0.25 ** (n_stages - 1 - r) for r in range(n_stages))
+def default_loss_weights(n_stages: int, prediction: str = "eps") -> tuple[float, ...]:
+    """Compute the released weights a_r = 1 / (2^(R-1-r))²: 1/4, 1 for R = 2 and 1/16, 1/4, 1 for R = 3.
+
+    Means of the data are predicted where noise is predicted as means times 2^(R-1-r): ones weigh the same errors alike.
+    """
+    return tuple(1.0 if prediction == "x" else 0.25 ** (n_stages - 1 - r) for r in range(n_stages))
 
 
-def resolution_losses(predictions: Sequence[Tensor], eps: Tensor) -> Tensor:
-    """Compute the mean squared error of each prediction against the noise at its resolution: (R, B), coarsest first."""
+def resolution_losses(predictions: Sequence[Tensor], target: Tensor, prediction: str = "eps") -> Tensor:
+    """Compute the mean squared error of each output against the target at its resolution: (R, B), coarsest first."""
     losses = []
-    for prediction in predictions:
-        target = multi_scale_target(eps, eps.shape[-1] // prediction.shape[-1])
-        losses.append((prediction.float() - target).square().flatten(1).mean(1))
+    for output in predictions:
+        ratio = target.shape[-1] // output.shape[-1]
+        wanted = F.avg_pool2d(target, ratio) if prediction == "x" else multi_scale_target(target, ratio)
+        losses.append((output.float() - wanted).square().flatten(1).mean(1))
     return torch.stack(losses)
 
 
-def training_losses(nnet: Network, schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """Noise a batch, predict, and compute `resolution_losses`: x0 and eps (B, C, H, W), t and labels (B,) -> (R, B)."""
+def min_snr_weight(schedule: Schedule, prediction: str, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """Compute the weight of Min-SNR-gamma (arXiv 2303.09556) for each of PREDICTIONS, float32 (B,): min(SNR, gamma)
+    times what turns the squared error of the output into that of x_0."""
+    alpha, sigma = schedule.alpha(t).square(), schedule.sigma(t).square()
+    if prediction == "eps":
+        weight = (gamma * sigma / alpha).clamp(max=1)
+    elif prediction == "x":
+        weight = (alpha / sigma).clamp(max=gamma)
+    else:
+        weight = torch.minimum(alpha, gamma * sigma)
+    return weight.float()
+
+
+def training_losses(
+    nnet: Network,
+    schedule: Schedule,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    labels: Tensor,
+    prediction: str = "eps",
+    weighting: str = "unit",
+) -> Tensor:
+    """Noise a batch, predict, and compute weighted `resolution_losses`: (R, B), coarsest first.
+
+    Args:
+        x0, eps: (B, C, H, W). t, labels: (B,).
+        prediction: one of PREDICTIONS.
+        weighting: over time: unit, or min_snr.
+    """
     predictions = nnet(schedule.add_noise(x0, eps, t), schedule.network_time(t), labels)
-    return resolution_losses(predictions, eps)
+    losses = resolution_losses(predictions, prediction_target(schedule, prediction, x0, eps, t), prediction)
+    return losses * min_snr_weight(schedule, prediction, t) if weighting == "min_snr" else losses
 
 
 def weighted_sum(losses: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
@@ -286,6 +447,8 @@ def guided_predictions(
     power: float | None = None,
     interval: tuple[float, float] | None = None,
     guide: Network | None = None,
+    prediction: str = "eps",
+    guide_prediction: str = "eps",
 ) -> Callable[[Tensor, float], Sequence[Tensor]]:
     """Wrap a network as predict(x, t) with guidance, for x (B, C, H, W) and one time t of the whole batch.
 
@@ -299,9 +462,11 @@ def guided_predictions(
         interval: (low, high); guide only where low < sigma / alpha <= high (arXiv 2404.07724). None: everywhere.
         guide: guiding network for autoguidance; conditioned on the same labels, it replaces the unconditional half
             (arXiv 2406.02507).
+        prediction, guide_prediction: what the two networks predict. Guidance mixes outputs: conversions add the same
+            multiple of x to both halves, so that mixing before or after is the same.
 
     Returns:
-        predict(x, t) -> float32 predictions, coarsest first and the finest last.
+        predict(x, t) -> float32 outputs, coarsest first and the finest last.
     """
     both = torch.cat([labels, torch.full_like(labels, null_label)])
 
@@ -315,6 +480,7 @@ def guided_predictions(
             pairs = [prediction.chunk(2) for prediction in nnet(torch.cat([x, x]), time, both)]
         else:
             cond, other = nnet(x, time, labels), guide(x, time, labels)
+            other = [convert(schedule, x, output.float(), t, guide_prediction, prediction) for output in other]
             shared = min(len(cond), len(other))  # resolutions of both networks, from the finest
             pairs = zip(cond[-shared:], other[-shared:], strict=True)
         weight = guidance_weight(t, scale, power)
@@ -323,19 +489,64 @@ def guided_predictions(
     return predict
 
 
-def guided_noise_model(*args, **kwargs) -> NoiseModel:
-    """Wrap a network as a noise model eps(x, t): the finest of `guided_predictions`, which see for the arguments."""
-    predict = guided_predictions(*args, **kwargs)
-    return lambda x, t: predict(x, t)[-1]
+class DiffusionModel:
+    """What solvers are handed: eps(x, t) of a network that predicts one of PREDICTIONS, and the slope of the ODE.
+
+    Args:
+        predict: predict(x, t) gives the network's output at full resolution (B, C, H, W).
+    """
+
+    def __init__(self, predict: NoiseModel, schedule: Schedule, prediction: str = "eps"):
+        self.predict, self.schedule, self.prediction = predict, schedule, prediction
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return convert(self.schedule, x, self.predict(x, t), t, self.prediction, "eps")
+
+    def slope(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Compute dx/dt of the probability-flow ODE, and eps, by one evaluation."""
+        output = self.predict(x, t)
+        eps = convert(self.schedule, x, output, t, self.prediction, "eps")
+        if isinstance(self.schedule, LinearSchedule):
+            return convert(self.schedule, x, output, t, self.prediction, "v"), eps
+        host_t = torch.tensor(t, dtype=torch.float64)
+        beta, sigma = self.schedule.beta(host_t).item(), self.schedule.sigma(host_t).item()
+        return -beta / 2 * x + beta / (2 * sigma) * eps, eps
 
 
-# --- Euler-Maruyama ---------------------------------------------------------------------------------------------------
+def guided_noise_model(nnet: Network, schedule: Schedule, *args, prediction: str = "eps", **kwargs) -> DiffusionModel:
+    """Wrap a network for solvers: the finest of `guided_predictions`, which see for the arguments."""
+    predict = guided_predictions(nnet, schedule, *args, prediction=prediction, **kwargs)
+    return DiffusionModel(lambda x, t: predict(x, t)[-1], schedule, prediction)
+
+
+# --- Euler and Euler-Maruyama -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def euler(model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
+    """Integrate the probability-flow ODE by Euler's method in steps of equal length in t.
+
+    On the linear path from noise at t = 1 to data at t = 0, where the network predicts v or x; otherwise from t_end to
+    t_start, as noise says nothing of x_0 at t = 1.
+
+    Args:
+        steps: NFE.
+        shift: of `shift_times`.
+    """
+    if not isinstance(model, DiffusionModel):
+        model = DiffusionModel(model, schedule)
+    whole = isinstance(schedule, LinearSchedule) and model.prediction != "eps"
+    times = schedule.grid(steps, shift, 1.0, 0.0) if whole else schedule.grid(steps, shift)
+    times = times.tolist()
+    for t, following in itertools.pairwise(times):
+        x = x + (following - t) * model.slope(x, t)[0]
+    return x
 
 
 @torch.no_grad()
 def euler_maruyama(
     noise_model: NoiseModel,
-    schedule: ContinuousSchedule,
+    schedule: Schedule,
     x: Tensor,
     steps: int,
     ode: bool = False,
@@ -344,20 +555,20 @@ def euler_maruyama(
     """Integrate the reverse SDE, or its probability-flow ODE, from noise x (B, C, H, W) at t_end to t = 0.
 
     Times are 0 and `steps` points from 1e-3 to t_end. Coefficients are those at the start of each step. The last step
-    adds no noise (Song et al., arXiv 2011.13456, equation 6 and section 4.3).
+    adds no noise (Song et al., arXiv 2011.13456, equation 6 and section 4.3). The SDE adds w eps / (2 sigma) to the
+    slope of the ODE and noise of variance w per unit of time, w being `Schedule.noise_rate`.
 
     Args:
         steps: NFE, at least 2.
         draw: gives standard normal noise of the shape of x; None: from the global generator.
     """
+    model = noise_model if isinstance(noise_model, DiffusionModel) else DiffusionModel(noise_model, schedule)
     times = F.pad(torch.linspace(1e-3, schedule.t_end, steps, dtype=torch.float64), (1, 0))  # 0 first
-    drift, diffusion, sigma = schedule.drift(times), schedule.diffusion(times), schedule.sigma(times)
+    rate, sigma, t = schedule.noise_rate(times).tolist(), schedule.sigma(times).tolist(), times.tolist()
     for i in range(steps, 0, -1):
-        step = (times[i] - times[i - 1]).item()
-        score_weight = (diffusion[i] ** 2 / sigma[i]).item() * (0.5 if ode else 1.0)
-        eps = noise_model(x, times[i].item())
-        # dx = (f x - g² score) dt backwards in time, with score = -eps / sigma
-        x = x * (1 - drift[i].item() * step) - eps * (score_weight * step)
+        step = t[i] - t[i - 1]
+        slope, eps = model.slope(x, t[i])
+        x = x - step * (slope if ode else slope + rate[i] / (2 * sigma[i]) * eps)
         if not ode and i > 1:
-            x = x + (draw() if draw else torch.randn_like(x)) * (diffusion[i].item() * step**0.5)
+            x = x + (draw() if draw else torch.randn_like(x)) * (rate[i] * step) ** 0.5
     return x

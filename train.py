@@ -85,6 +85,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
     settings, device, main = config.train, accelerator.device, accelerator.is_main_process
     check_settings(config, accelerator)
     schedule, weights = sde.get_schedule(config.schedule), loss_weights(config)
+    time_law = config.time_sampling, config.time_mean, config.time_std, config.time_shift
+    objective = config.prediction, config.loss_weighting
     guide = open_guide(config, device)
     autoencoder = open_autoencoder(config, device)
     dataset = utils.open_dataset(config, autoencoder)
@@ -125,10 +127,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
             x0, y = network_inputs(records, labels, own, config.dataset, autoencoder, null_label)
             last = rows is batches.rows[-1]
             with contextlib.nullcontext() if last else accelerator.no_sync(nnet):
-                losses = sde.training_losses(nnet, schedule, x0, own.eps, schedule.times(own.uniform_time), y)  # (R, b)
+                t = sde.training_times(schedule, own.uniform_time, *time_law)
+                losses = sde.training_losses(nnet, schedule, x0, own.eps, t, y, *objective)  # (R, b)
                 loss = sde.weighted_sum(losses, weights)  # (b,)
                 accelerator.backward(loss.mean() / settings.accumulation)
-            log.losses.add(loss.detach(), losses.detach(), own.uniform_time)
+            log.losses.add(loss.detach(), losses.detach(), t)
             log.timer.mark("forward_backward")
         grad_norm = state.update(settings.grad_clip)
         stopping = stop.agreed()

@@ -80,11 +80,8 @@ def sampling_mistakes(config: ml_collections.ConfigDict) -> Iterator[str]:
     """Describe the sampling settings that cannot work."""
     sample = config.sample
     yield from out_of_range(config, SAMPLING_RANGES)
-    words = {"schedule": sde.SCHEDULES, "sample.algorithm": SOLVERS, "sample.compile": COMPILE}
-    yield from not_allowed(config, words)
-    is_continuous = issubclass(sde.SCHEDULES[config.schedule], sde.ContinuousSchedule)
-    if SOLVERS[sample.algorithm].continuous and not is_continuous:
-        yield f"{sample.algorithm} needs config.schedule vpsde or vpsde_cosine; found {config.schedule}"
+    words = {"schedule": sde.SCHEDULES, "prediction": sde.PREDICTIONS}
+    yield from not_allowed(config, words | {"sample.algorithm": SOLVERS, "sample.compile": COMPILE})
     for name in ("sample_steps", "grid_steps"):
         check_steps(sample.algorithm, sample[name], f"config.sample.{name}")
     check_guidance(sample.scale, sample.scale_pow, sample.interval)

@@ -54,9 +54,15 @@ def base():
     config = ml_collections.ConfigDict()
 
     config.seed = 1234  # decides weights, data order, training noise and samples
-    config.schedule = "sd"  # sd (Stable Diffusion's 1000 steps), vpsde or vpsde_cosine (continuous)
+    # sd (Stable Diffusion's 1000 steps), vpsde or vpsde_cosine (continuous), linear (of flow matching)
+    config.schedule = "sd"
+    config.prediction = "eps"  # what the network predicts: eps (noise), v (velocity) or x (data); docs/objectives.md
+    config.time_sampling = "uniform"  # times that are trained: uniform, or logit_normal with
+    config.time_mean, config.time_std = 0.0, 1.0  # mean and standard deviation of logit t
+    config.time_shift = 1.0  # above 1: times that are trained move toward noise, s t / (1 + (s - 1) t)
+    config.loss_weighting = "unit"  # over times: unit, or min_snr (gamma 5)
     config.z_shape = (4, 32, 32)  # (channels, height, width) the network sees: latents (image / 8), or pixels
-    config.loss_coeffs = placeholder(tuple)  # weight per resolution, coarsest first; None: 1/4 per halving (released)
+    config.loss_coeffs = placeholder(tuple)  # weight per resolution, coarsest first; None: 1/4 per halving (released; x: 1)
 
     config.nnet = d(
         norm_type="TDRMSN",  # TDRMSN (released), LN (time-dependent layer norm, the paper's text) or RMSN (no time)
@@ -116,9 +122,10 @@ def base():
 
     config.sample = d(
         # dpm_solver (DPM-Solver++ singlestep of order 3; released), dpm_solver_1, dpm_solver_2 (lower orders),
-        # dpm_solver_2m, dpm_solver_3m (multistep), ddim, ddpm, heun; with a continuous schedule also
-        # euler_maruyama_sde, euler_maruyama_ode (SOLVERS in libs/solvers.py)
+        # dpm_solver_2m, dpm_solver_3m (multistep), ddim, ddpm, heun, euler, euler_maruyama_sde, euler_maruyama_ode
+        # (SOLVERS in libs/solvers.py)
         algorithm="dpm_solver",
+        time_shift=1.0,  # as config.time_shift, of solvers whose times are uniform in t: dpm_solver*, ddim, ddpm, euler
         sample_steps=250,  # NFE per image when evaluating
         grid_steps=50,  # NFE per image of the grids while training
         n_samples=50_000,  # images of an evaluation; labels are balanced: i * n_classes // n_samples

@@ -55,9 +55,9 @@ class LossMeter:
         self.names = ["loss", *(f"loss_by_resolution/{r}" for r in range(n_resolutions))]
         self.names += [f"loss_by_noise/quartile_{q}" for q in range(1, 5)]
 
-    def add(self, losses: Tensor, by_resolution: Tensor, uniform_time: Tensor) -> None:
-        """Add a batch: weighted losses (B,), losses per resolution (R, B), and the times' draws in [0, 1) (B,)."""
-        quartiles = torch.nn.functional.one_hot((uniform_time * 4).long().clamp(0, 3), 4).to(losses.dtype)  # B 4
+    def add(self, losses: Tensor, by_resolution: Tensor, t: Tensor) -> None:
+        """Add a batch: weighted losses (B,), losses per resolution (R, B), and times t in [0, 1] (B,)."""
+        quartiles = torch.nn.functional.one_hot((t * 4).ceil().long().clamp(1, 4) - 1, 4).to(losses.dtype)  # B 4
         sums = torch.cat([losses.sum()[None], by_resolution.sum(1), losses @ quartiles])
         batch = torch.full((1 + len(by_resolution),), float(len(losses)), device=sums.device)
         self.sums += torch.stack([sums, torch.cat([batch, quartiles.sum(0)])], dim=1)

@@ -82,6 +82,7 @@ def network_settings(config: ConfigDict) -> dict:
     return {
         **flatten_dict(values["nnet"], "nnet"),
         "schedule": values["schedule"],
+        "prediction": values["prediction"],
         "z_shape": values["z_shape"],
         "dataset.n_classes": values["dataset"]["n_classes"],
     }
@@ -137,7 +138,7 @@ def build_empty_network(config: ConfigDict, device: torch.device | str) -> DiMR:
 def loss_weights(config: ConfigDict) -> tuple[float, ...]:
     """Return config.loss_coeffs, the weight of each resolution's loss, or the published weights where it is None."""
     n_stages = len(config.nnet.stages)
-    weights = config.loss_coeffs or sde.default_loss_weights(n_stages)
+    weights = config.loss_coeffs or sde.default_loss_weights(n_stages, config.prediction)
     numbers = [weight for weight in weights if isinstance(weight, int | float) and 0 <= weight < float("inf")]
     if len(weights) != n_stages or len(numbers) != n_stages:
         raise UserError(f"config.loss_coeffs must be {n_stages} numbers of at least 0; found {tuple(weights)}")
@@ -198,7 +199,7 @@ class Model:
     """A network with everything that makes images of its output.
 
     Attributes:
-        config: `sampler` reads config.seed, config.z_shape, config.schedule and config.sample.
+        config: `sampler` reads config.seed, z_shape, schedule, prediction and sample.
         nnet: the network, on `device`.
         precision: as accelerate's mixed_precision: no, bf16 or fp16.
         guide: the guiding network, a model without autoencoder; None: the network guides itself.
@@ -278,13 +279,13 @@ class Model:
         Args:
             steps: NFE per image; None: config.sample.sample_steps.
             scale: guidance scale, 1: none; None: config.sample.scale.
-            watch: called after each network evaluation with x_t (B, C, H, W), t and the guided predictions, coarsest
-                first.
+            watch: called after each network evaluation with x_t (B, C, H, W), t and the guided outputs of the branches,
+                coarsest first.
         """
         settings, null_label = self.config.sample, self.nnet.null_label
         steps = settings.sample_steps if steps is None else steps
         scale = settings.scale if scale is None else scale
-        schedule = sde.get_schedule(self.config.schedule)
+        schedule, prediction = sde.get_schedule(self.config.schedule), self.config.prediction
         check_steps(settings.algorithm, steps, "steps")
         check_guidance(scale, settings.scale_pow, settings.interval)
 
@@ -295,20 +296,20 @@ class Model:
             noise = SampleNoise(indices, self.config.seed, tuple(self.config.z_shape), self.device)
             x = noise.draw()  # (B, C, H, W)
             y = to_device(torch.tensor(labels), self.device)
-            guide = self.guide.nnet if self.guide is not None else None
-            predict = sde.guided_predictions(
-                self.nnet, schedule, y, null_label, scale, settings.scale_pow, settings.interval, guide
-            )
+            guiding = (self.guide.nnet, self.guide.config.prediction) if self.guide is not None else (None, "eps")
+            guidance = scale, settings.scale_pow, settings.interval, guiding[0], prediction, guiding[1]
+            predict = sde.guided_predictions(self.nnet, schedule, y, null_label, *guidance)
 
-            def noise_model(x: Tensor, t: float) -> Tensor:
+            def finest(x: Tensor, t: float) -> Tensor:
                 predictions = predict(x, t)
                 if watch is not None:
                     watch(x, t, predictions)
                 return predictions[-1]
 
+            model = sde.DiffusionModel(finest, schedule, prediction)
             dtype = AUTOCAST.get(self.precision)
             with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-                x = SOLVERS[settings.algorithm](noise_model, schedule, x, steps, noise.draw)
+                x = SOLVERS[settings.algorithm](model, schedule, x, steps, noise.draw, settings.time_shift)
             return self.to_images(x)
 
         return sample

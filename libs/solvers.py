@@ -1,4 +1,4 @@
-"""Samplers as functions of a noise model: DPM-Solver++ singlestep and multistep, DDIM, DDPM, Heun, Euler-Maruyama.
+"""Samplers as functions of a noise model: DPM-Solver++ singlestep and multistep, DDIM, DDPM, Heun, and by name Euler.
 
 Lu et al., DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095). Notation as there: lambda is half the
 log-SNR, h a step in lambda, r1 and r2 the inner nodes as fractions of h, D the data prediction.
@@ -15,20 +15,15 @@ import torch
 from torch import Tensor
 
 from libs import UserError
-from sde import NoiseModel, Schedule, euler_maruyama
+from sde import NoiseModel, Schedule, euler, euler_maruyama
 
 Draw = Callable[[], Tensor]  # standard normal noise of the shape of x
 
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
-def uniform_times(schedule: Schedule, n: int) -> Tensor:
-    """Divide the time from t_end to t_start into n intervals of equal length in t: float64 (n + 1,)."""
-    return torch.linspace(schedule.t_end, schedule.t_start, n + 1, dtype=torch.float64)
-
-
 def lambda_times(schedule: Schedule, n: int) -> Tensor:
-    """Divide it into n intervals of equal length in lambda."""
+    """Divide the time from t_end to t_start into n intervals of equal length in lambda: float64 (n + 1,)."""
     first, last = schedule.lambda_(ends(schedule)).tolist()
     return times_at(schedule, torch.linspace(first, last, n + 1, dtype=torch.float64))
 
@@ -69,9 +64,12 @@ def fast_orders(steps: int, order: int) -> list[int]:
     return [order] * whole + [rest] * (rest > 0)
 
 
-def dpm_solver_fast(noise_model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, order: int = 3) -> Tensor:
+def dpm_solver_fast(
+    noise_model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, order: int = 3, shift: float = 1.0
+) -> Tensor:
     """Sample with DPM-Solver++ singlestep on times uniform in t; with order 3 the released models' sampler."""
-    return dpm_solver_singlestep(noise_model, schedule, x, uniform_times(schedule, steps), fast_orders(steps, order))
+    times = schedule.grid(steps, shift)
+    return dpm_solver_singlestep(noise_model, schedule, x, times, fast_orders(steps, order))
 
 
 @torch.no_grad()
@@ -187,11 +185,11 @@ def ddim(
         eta: fraction of the posterior's standard deviation that is fresh noise in each step; none in the last.
         draw: gives standard normal noise of the shape of x; None: from the global generator.
     """
-    t, alpha, sigma, _ = at_nodes(schedule, times)
+    t, alpha, sigma, lam = at_nodes(schedule, times)
     last = len(t) - 2
     for i in range(last + 1):
-        # The deviation of x_(i+1) given x_i and x_0 (Ho et al., arXiv 2006.11239, equation 7).
-        posterior = sigma[i + 1] / sigma[i] * math.sqrt(1 - (alpha[i] / alpha[i + 1]) ** 2)
+        # The deviation of x_(i+1) given x_i and x_0 (Ho et al., arXiv 2006.11239, equation 7), for any alpha and sigma.
+        posterior = sigma[i + 1] * math.sqrt(-math.expm1(2 * (lam[i] - lam[i + 1])))
         fresh = eta * posterior
         eps = noise_model(x, t[i])
         x = (alpha[i + 1] / alpha[i]) * (x - sigma[i] * eps) + math.sqrt(sigma[i + 1] ** 2 - fresh**2) * eps
@@ -227,36 +225,43 @@ def heun(noise_model: NoiseModel, schedule: Schedule, x: Tensor, times: Tensor, 
 
 @dataclass(frozen=True)
 class Solver:
-    """An entry of `SOLVERS`: solver(noise_model, schedule, x, steps, draw) samples with an NFE of exactly `steps`."""
+    """An entry of `SOLVERS`: solver(noise_model, schedule, x, steps, draw, shift) has an NFE of exactly `steps`.
 
-    solve: Callable[[NoiseModel, Schedule, Tensor, int, Draw | None], Tensor]
+    Those on times uniform in t heed `shift` (`sde.shift_times`).
+    """
+
+    solve: Callable[[NoiseModel, Schedule, Tensor, int, Draw | None, float], Tensor]
     least_steps: int = 1
     draws: bool = False  # does it call draw?
-    continuous: bool = False  # does it need a sde.ContinuousSchedule?
 
     def __call__(
-        self, noise_model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, draw: Draw | None = None
+        self,
+        noise_model: NoiseModel,
+        schedule: Schedule,
+        x: Tensor,
+        steps: int,
+        draw: Draw | None = None,
+        shift: float = 1.0,
     ) -> Tensor:
-        return self.solve(noise_model, schedule, x, steps, draw)
+        return self.solve(noise_model, schedule, x, steps, draw, shift)
 
 
 # Times are uniform in t where the released sampler or the paper has it, uniform in lambda for the multistep solvers,
 # which are far more exact there (benchmarks/results/solvers.md), and EDM's for heun.
 SOLVERS: dict[str, Solver] = {
-    "dpm_solver": Solver(lambda f, s, x, n, _: dpm_solver_fast(f, s, x, n, 3), least_steps=3),  # released
-    "dpm_solver_1": Solver(lambda f, s, x, n, _: dpm_solver_fast(f, s, x, n, 1)),
-    "dpm_solver_2": Solver(lambda f, s, x, n, _: dpm_solver_fast(f, s, x, n, 2), least_steps=2),
-    "dpm_solver_2m": Solver(lambda f, s, x, n, _: dpm_solver_multistep(f, s, x, lambda_times(s, n), 2), least_steps=2),
-    "dpm_solver_3m": Solver(lambda f, s, x, n, _: dpm_solver_multistep(f, s, x, lambda_times(s, n), 3), least_steps=3),
-    "ddim": Solver(lambda f, s, x, n, _: ddim(f, s, x, uniform_times(s, n))),
-    "ddpm": Solver(lambda f, s, x, n, draw: ddim(f, s, x, uniform_times(s, n), 1.0, draw), draws=True),
-    "heun": Solver(lambda f, s, x, n, _: heun(f, s, x, karras_times(s, (n + 1) // 2), euler_last=n % 2 == 1)),
+    "dpm_solver": Solver(lambda f, s, x, n, _, shift: dpm_solver_fast(f, s, x, n, 3, shift), least_steps=3),  # released
+    "dpm_solver_1": Solver(lambda f, s, x, n, _, shift: dpm_solver_fast(f, s, x, n, 1, shift)),
+    "dpm_solver_2": Solver(lambda f, s, x, n, _, shift: dpm_solver_fast(f, s, x, n, 2, shift), least_steps=2),
+    "dpm_solver_2m": Solver(lambda f, s, x, n, *_: dpm_solver_multistep(f, s, x, lambda_times(s, n), 2), least_steps=2),
+    "dpm_solver_3m": Solver(lambda f, s, x, n, *_: dpm_solver_multistep(f, s, x, lambda_times(s, n), 3), least_steps=3),
+    "ddim": Solver(lambda f, s, x, n, _, shift: ddim(f, s, x, s.grid(n, shift))),
+    "ddpm": Solver(lambda f, s, x, n, draw, shift: ddim(f, s, x, s.grid(n, shift), 1.0, draw), draws=True),
+    "heun": Solver(lambda f, s, x, n, *_: heun(f, s, x, karras_times(s, (n + 1) // 2), euler_last=n % 2 == 1)),
+    "euler": Solver(lambda f, s, x, n, _, shift: euler(f, s, x, n, shift)),
     "euler_maruyama_sde": Solver(
-        lambda f, s, x, n, draw: euler_maruyama(f, s, x, n, draw=draw), least_steps=2, draws=True, continuous=True
+        lambda f, s, x, n, draw, _: euler_maruyama(f, s, x, n, draw=draw), least_steps=2, draws=True
     ),
-    "euler_maruyama_ode": Solver(
-        lambda f, s, x, n, _: euler_maruyama(f, s, x, n, ode=True), least_steps=2, continuous=True
-    ),
+    "euler_maruyama_ode": Solver(lambda f, s, x, n, *_: euler_maruyama(f, s, x, n, ode=True), least_steps=2),
 }
 
 

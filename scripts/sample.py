@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from absl import logging
 from PIL import Image
 from torch import Tensor
@@ -89,12 +88,12 @@ def trajectory(
     model: Model, indices: Sequence[int], labels: Sequence[int]
 ) -> tuple[list[float], list[list[np.ndarray]], np.ndarray]:
     """Sample, and record how: (times, x_0 estimates [time][branch], the samples), pictures uint8 (B, h, w, 3)."""
-    times, estimates = [], []
+    times, estimates, schedule = [], [], sde.get_schedule(model.config.schedule)
 
     def record(x: Tensor, t: float, predictions: Sequence[Tensor]) -> None:
         progress.update()
         times.append(t)
-        estimates.append([estimate(model, x, t, eps) for eps in predictions])
+        estimates.append([sde.convert(schedule, x, output, t, model.config.prediction, "x") for output in predictions])
 
     with bar(model.config.sample.sample_steps) as progress:
         samples, finite = model.sampler(watch=record)(indices, labels)
@@ -102,14 +101,6 @@ def trajectory(
     shown = sorted({round(i) for i in np.linspace(0, len(times) - 1, MOST_TIMES)})
     pictures = [[as_arrays(model.to_images(x_0)[0]) for x_0 in estimates[i]] for i in shown]
     return [times[i] for i in shown], pictures, as_arrays(samples)
-
-
-def estimate(model: Model, x: Tensor, t: float, eps: Tensor) -> Tensor:
-    """Estimate x_0 at the resolution of eps, which is ratio times the mean noise there (`sde.multi_scale_target`)."""
-    schedule, time = sde.get_schedule(model.config.schedule), torch.tensor(t, dtype=torch.float64)
-    alpha, sigma = schedule.log_alpha(time).exp().item(), schedule.sigma(time).item()
-    ratio = x.shape[-1] // eps.shape[-1]
-    return (F.avg_pool2d(x, ratio) - sigma / ratio * eps) / alpha
 
 
 def as_arrays(images: Tensor) -> np.ndarray:
