@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import RunsCode
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -113,21 +114,13 @@ def test_files_that_are_not_whole_are_refused(sd, tmp_path):
             load_autoencoder(file)
 
 
-class RunsCode:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
 @pytest.mark.parametrize("save", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
 def test_code_in_a_pickle_is_refused_and_not_run(tiny, tmp_path, save):
     marker = tmp_path / "was_run"
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_bytes((tiny / "config.json").read_bytes())
     for file in ("evil.pth", "folder/diffusion_pytorch_model.bin"):
-        save({"encoder.conv_in.weight": RunsCode(marker)}, tmp_path / file)
+        save({"encoder.conv_in.weight": RunsCode(Path.touch, marker)}, tmp_path / file)
     for name in ("evil.pth", "folder"):
         with pytest.raises(UserError, match=f"{name} is not a whole"):
             load_autoencoder(tmp_path / name)

@@ -13,11 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, run
+from conftest import ROOT, free_port, run
 from forked import run_forked
 from PIL import Image
-from test_pipeline import save_weights
 
 from libs.model import Model, imagenet_names
 from scripts import demo, sample
@@ -27,15 +25,6 @@ LACKING = [name for name in ("gradio", "playwright") if importlib.util.find_spec
 needs_gradio = pytest.mark.skipif(
     "gradio" in LACKING, reason="no gradio: python -m pip install -r scripts/demo_requirements.txt"
 )
-
-
-@pytest.fixture
-def weights(tiny_config, tmp_path):
-    """A tiny model with its config inside; its batches do not divide the samples."""
-    torch.manual_seed(5)
-    tiny_config.sample.mini_batch_size = 4
-    save_weights(tiny_config, tmp_path / "tiny.safetensors")
-    return tmp_path / "tiny.safetensors"
 
 
 @pytest.fixture
@@ -94,11 +83,6 @@ def test_bad_fields_are_told_in_one_line(model, changed, message):
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         demo.checked(model, **fields | changed)
     assert "\n" not in str(caught.value)
-    if "gradio" not in LACKING:
-        import gradio as gr
-
-        with pytest.raises(gr.Error), demo.errors_in_page():
-            demo.checked(model, **fields | changed)
 
 
 def test_a_mistake_of_the_user_is_told_in_the_page(monkeypatch, model):
@@ -155,12 +139,6 @@ def test_errors_of_the_program_are_one_line(weights):
 
 
 # --- In a browser -----------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture

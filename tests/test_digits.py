@@ -89,10 +89,6 @@ def test_digits_are_written_once_and_never_over_others(digits, tmp_path):
         make_digits.make_digits(tmp_path)
 
 
-def test_autoencoder_is_small():
-    assert sum(path.stat().st_size for path in AUTOENCODER.iterdir()) < 2_000_000
-
-
 @pytest.mark.parametrize(
     "flag, message",
     [

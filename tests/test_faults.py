@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, overrides, run
+from conftest import ROOT, RunsCode, overrides, run
 from forked import Forked, run_forked
 from PIL import Image
 from test_train import assert_same_checkpoint, losses, wait_for_step
@@ -35,16 +35,6 @@ from libs.train_state import read_checkpoint
 from scripts import posthoc_ema
 
 
-class Harmful:
-    """Unpickling it makes a file."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
-
-
 def start(config, workdir, *flags, program="train.py", env=None) -> Forked:
     return Forked(program, *overrides(config), f"--workdir={workdir}", *flags, env=env)
 
@@ -54,17 +44,10 @@ def resume_until(config, n_steps, workdir) -> int:
     return training.train(config, workdir)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return tmp_path_factory.mktemp("trained") / "run"
-
-
 @pytest.fixture
-def workdir(tiny_config, trained, tmp_path):
+def workdir(trained_run, tmp_path):
     """A work folder of 6 steps with checkpoints 3 and 6, of this test alone."""
-    if not trained.exists():
-        training.train(tiny_config, trained)
-    return shutil.copytree(trained, tmp_path / "run")
+    return shutil.copytree(trained_run, tmp_path / "run")
 
 
 # --- Killed and asked to stop -----------------------------------------------------------------------------------------
@@ -359,7 +342,7 @@ def test_damaged_files_are_named(workdir, damage, file):
     if damage == "remove":
         (folder / file).unlink()
     elif damage == "pickle":
-        (folder / file).write_bytes(pickle.dumps({"weight": Harmful(workdir / "code-has-run")}))
+        (folder / file).write_bytes(pickle.dumps({"weight": RunsCode(open, workdir / "code-has-run", "w")}))
         if file != "state.json":
             state = json.loads((folder / "state.json").read_text())
             digests = {**state.pop("sha256"), file: file_digest(folder / file)}
@@ -387,7 +370,7 @@ def test_damaged_checkpoints_are_passed_over(tiny_config, workdir, caplog):
 
 def test_a_pickle_to_start_from_is_refused_in_one_line(tiny_config, tmp_path):
     evil = tmp_path / "evil.pth"
-    torch.save({"weight": Harmful(tmp_path / "code-has-run")}, evil)
+    torch.save({"weight": RunsCode(open, tmp_path / "code-has-run", "w")}, evil)
     done = run_forked("train.py", *overrides(tiny_config), f"--config.init.path={evil}", f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     problem = "could not be read as a plain state dict: it is damaged, or holds more than tensors, that is, code"

@@ -37,13 +37,6 @@ def test_holds_the_images_in_index_order(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "images.npz"]
 
 
-def test_same_images_give_the_same_bytes(tmp_path):
-    write_images(tmp_path / "images")
-    first, _ = img2npz([tmp_path / "images"], tmp_path / "a.npz")
-    second, _ = img2npz([tmp_path / "images"], tmp_path / "b.npz")
-    assert first.read_bytes() == second.read_bytes()
-
-
 def test_command_without_arguments(tmp_path):
     def run():
         return subprocess.run([sys.executable, ROOT / "img2npz.py"], cwd=tmp_path, capture_output=True, text=True)

@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from conftest import RunsCode
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from test_latents import damage
@@ -188,14 +189,6 @@ def test_lightningdit_shards_that_do_not_fit(tmp_path):
     save_file(shard(four, four, 2), tmp_path / "0.safetensors")
     with pytest.raises(UserError, match=r"labels of torch\.float32"):
         LightningDiTFolder(tmp_path).labels(0, 2)
-
-
-class RunsCode:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])

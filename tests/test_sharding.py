@@ -6,7 +6,6 @@ As a program under a launcher (`tests/test_sharding.py WHAT ...`) this file is w
 import json
 import shutil
 import signal
-import socket
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import load_config, overrides
+from conftest import free_port, load_config, overrides
 from forked import Forked
 from test_train import assert_same_checkpoint, assert_same_tensors, losses, wait_for_step
 
@@ -35,11 +34,8 @@ def column(workdir, name) -> list[float]:
 def start_ranks(*command, processes=2, own=None, **env) -> list[Forked]:
     """Start the processes of a run without a launcher: a test can stop one of them. `own`: further words for each."""
     own = own or [[]] * processes
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = range(processes)
     return [Forked(*command, *own[k], env={**env, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in ranks]
 
