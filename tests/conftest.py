@@ -98,7 +98,7 @@ def tiny_latents(tmp_path_factory, tiny_autoencoder, tiny_images) -> Path:
     """The latent store of `tiny_images`, made by the project's own extraction."""
     folder = tmp_path_factory.mktemp("store") / "latents"
     places = ("--images", tiny_images, "--out", folder, "--autoencoder", tiny_autoencoder)
-    flags = ("--resolution", "16", "--no-flip", "--dtype", "float32", "--workers", "0")
+    flags = ("--resolution", "16", "--no-flip", "--workers", "0")
     extract_imagenet_feature.main([*map(str, places), *flags])
     return folder
 

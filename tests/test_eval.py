@@ -67,23 +67,28 @@ def test_only_missing_and_damaged_images_are_made_again(tiny_config, weights, tm
     assert (folder / "4.png").stat().st_mtime_ns == kept
 
 
-def test_other_settings_are_refused_also_of_a_network_without_a_config(tiny_config, weights, tmp_path):
-    """Heads leave tensors as they are; a folder half made with other ones must not be filled up."""
+@pytest.fixture
+def bare(weights, tmp_path):
+    """Weights that know nothing of their config."""
     torch.save(read_state_dict(weights / "nnet_ema.safetensors"), tmp_path / "bare.pth")
-    evaluation.evaluate(tiny_config, str(tmp_path / "bare.pth"), tmp_path / "images")
+    return str(tmp_path / "bare.pth")
+
+
+def test_other_settings_are_refused_also_of_a_network_without_a_config(tiny_config, bare, tmp_path):
+    """Heads leave tensors as they are; a folder half made with other ones must not be filled up."""
+    evaluation.evaluate(tiny_config, bare, tmp_path / "images")
     tiny_config.nnet.stages[0].num_heads = 8
     tiny_config.sample.scale = 2.0
     found = r"other settings \(nnet.stages\[0\].num_heads: 4 there, 8 now; scale: 3.5 there, 2.0 now\)"
     with pytest.raises(ValueError, match=found):
-        evaluation.evaluate(tiny_config, str(tmp_path / "bare.pth"), tmp_path / "images")
+        evaluation.evaluate(tiny_config, bare, tmp_path / "images")
 
 
-def test_a_guiding_network_is_held_to_its_config(tiny_config, weights, tmp_path):
-    torch.save(read_state_dict(weights / "nnet_ema.safetensors"), tmp_path / "bare.pth")
+def test_a_guiding_network_is_held_to_its_config(tiny_config, weights, bare, tmp_path):
     tiny_config.nnet.stages[0].num_heads = 8
     tiny_config.sample.update(scale=2.0, autoguidance_path=str(weights))
     with pytest.raises(ValueError, match=r"another config \(nnet.stages\[0\].num_heads: 4 there, 8 now\)"):
-        evaluation.evaluate(tiny_config, str(tmp_path / "bare.pth"), tmp_path / "images")
+        evaluation.evaluate(tiny_config, bare, tmp_path / "images")
 
 
 def test_a_power_of_0_is_a_constant_scale(tiny_config, weights, tmp_path):
@@ -148,12 +153,10 @@ def test_bad_input_is_clear_and_early(tiny_config, weights, tmp_path, changes, p
     assert not (tmp_path / "images").exists()
 
 
-def test_another_shape_names_the_first_tensors(tiny_config, weights, tmp_path):
-    """Of weights that know nothing of their config."""
-    torch.save(read_state_dict(weights / "nnet_ema.safetensors"), tmp_path / "a.pth")
+def test_another_shape_names_the_first_tensors(tiny_config, bare, tmp_path):
     tiny_config.nnet.stages[0].dim = 32
     with pytest.raises(ValueError, match=r"patch_embed.weight: expected shape \(32, 4, 2, 2\), found \(16, 4, 2, 2\)"):
-        evaluation.evaluate(tiny_config, str(tmp_path / "a.pth"), tmp_path / "images")
+        evaluation.evaluate(tiny_config, bare, tmp_path / "images")
 
 
 def test_a_config_that_the_weights_were_not_trained_with_is_refused(tiny_config, weights, tmp_path):
