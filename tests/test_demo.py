@@ -112,8 +112,6 @@ def test_the_pictures_are_those_of_the_sampling_program(model, weights, tmp_path
         assert np.array_equal(grid[::6, left : left + 96 : 6], pictures[i])
     sheet = np.asarray(Image.open(tmp_path / "grid_trajectory.png"))
     assert np.array_equal(np.asarray(sample.trajectory_sheet(sampled, labels[:1], [0])), sheet)
-    other = np.asarray(sample.trajectory_sheet(sampled, labels[:1], [4]))[-100:-4, -100:-4]
-    assert np.abs(other[::6, ::6].astype(int) - pictures[4]).max() <= 1  # (alone in its batch: round-off)
 
 
 def test_without_gradio_one_line_says_what_to_install():

@@ -2,18 +2,17 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from scripts import make_digits, score_digits, train_autoencoder
 
-ROOT = Path(__file__).resolve().parent.parent
 AUTOENCODER = ROOT / "assets/digits_autoencoder"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch import nn
 
@@ -21,7 +22,6 @@ from libs import dimr, norms
 from libs.model import build_network, build_network_on_meta, build_stages
 from scripts import draw_network
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = [*ROOT.glob("*.py"), *(ROOT / "libs").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)

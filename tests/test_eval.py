@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import eval as evaluation
 from img2npz import img2npz
-from libs.checkpoint import read_state_dict, released_name
+from libs.checkpoint import read_state_dict
 from libs.model import Model, config_json
 from libs.sample_set import balanced_label
 from scripts import convert_checkpoint as converting
@@ -98,21 +98,6 @@ def test_a_power_of_0_is_a_constant_scale(tiny_config, weights, tmp_path):
     tiny_config.sample.scale_pow = 0.0
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "zero")
     assert contents(tmp_path / "zero") == contents(tmp_path / "none")
-
-
-def test_every_form_of_weights_is_one_network(tiny_config, weights, tmp_path):
-    """A .pth in the released names, U-ViT's folder of one, the project's safetensors and checkpoint folder."""
-    state = read_state_dict(weights / "nnet_ema.safetensors")
-    (tmp_path / "6.ckpt").mkdir()
-    released = tmp_path / "6.ckpt" / "nnet_ema.pth"
-    torch.save({released_name(name): tensor for name, tensor in state.items()}, released)
-    for source in (weights, weights / "nnet_ema.safetensors", released, released.parent):
-        model = Model.open(source, tiny_config)
-        assert all(torch.equal(tensor, state[name]) for name, tensor in model.nnet.state_dict().items())
-    assert model.weights == released
-    released.unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match=r"without nnet_ema.safetensors or nnet_ema.pth"):
-        Model.open(released.parent, tiny_config)
 
 
 def test_noise_is_a_function_of_the_index(tiny_config, weights):

@@ -27,14 +27,10 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-def arguments(images, out, autoencoder, *more):
+def run(images, out, autoencoder, *more):
     flags = {"images": images, "out": out, "autoencoder": autoencoder, "resolution": 16, "batch_size": 4, "workers": 0}
-    flags["shard_size"] = 7
-    return [text for name, value in flags.items() for text in (f"--{name}", str(value))] + list(more)
-
-
-def run(*args, **kwargs):
-    extract_imagenet_feature.main(arguments(*args, **kwargs))
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    extract_imagenet_feature.main([*words, "--shard_size=7", *more])
 
 
 def test_store_holds_the_moments_of_crops_and_their_mirror_images(images, tmp_path, tiny_autoencoder):

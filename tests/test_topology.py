@@ -31,21 +31,23 @@ def assert_same_curves(workdir, expected):
         np.testing.assert_allclose(found, wanted, rtol=tolerance)
 
 
-@pytest.fixture
-def config(tiny_autoencoder, tiny_latents):
+def make_config(tiny_autoencoder, tiny_latents, n_steps=STEPS):
     """50 steps of batch 32, a checkpoint half way."""
     config = make_tiny_config(tiny_autoencoder, tiny_latents)
-    config.train.update(n_steps=STEPS, batch_size=32, save_interval=HALF, eval_interval=1000)
+    config.train.update(n_steps=n_steps, batch_size=32, save_interval=HALF, eval_interval=1000)
     return config
+
+
+@pytest.fixture
+def config(tiny_autoencoder, tiny_latents):
+    return make_config(tiny_autoencoder, tiny_latents)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, tiny_autoencoder, tiny_latents):
     """The curves of one process with whole batches."""
-    config = make_tiny_config(tiny_autoencoder, tiny_latents)
-    config.train.update(n_steps=STEPS, batch_size=32, save_interval=1000, eval_interval=1000)
     workdir = tmp_path_factory.mktemp("straight")
-    training.train(config, workdir)
+    training.train(make_config(tiny_autoencoder, tiny_latents), workdir)
     assert losses(workdir)[-1] < 0.9 * losses(workdir)[0]  # a curve, not a line
     return curves(workdir)
 
@@ -53,10 +55,8 @@ def straight(tmp_path_factory, tiny_autoencoder, tiny_latents):
 @pytest.fixture(scope="module")
 def half_of_two(tmp_path_factory, tiny_autoencoder, tiny_latents):
     """The work folder of two machines of one process each, stopped half way."""
-    config = make_tiny_config(tiny_autoencoder, tiny_latents)
-    config.train.update(n_steps=HALF, batch_size=32, save_interval=HALF, eval_interval=1000)
     workdir = tmp_path_factory.mktemp("two")
-    two_machines(config, workdir)
+    two_machines(make_config(tiny_autoencoder, tiny_latents, HALF), workdir)
     return workdir
 
 

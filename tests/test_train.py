@@ -62,12 +62,9 @@ def test_training_writes_what_it_says(trained_run):
 
 
 def test_resume_is_exact(tiny_config, trained_run, tmp_path):
-    """Also past a damaged checkpoint; interval 0 saves at the end alone."""
+    """Interval 0 saves at the end alone."""
     tiny_config.train.update(n_steps=3, save_interval=0)
     training.train(tiny_config, tmp_path)
-    broken = tmp_path / "ckpts" / "5.ckpt"
-    broken.mkdir()
-    (broken / "state.json").write_text('{"step": 5')
     tiny_config.train.n_steps = 6
     training.train(tiny_config, tmp_path)
     assert losses(tmp_path) == losses(trained_run)
@@ -208,17 +205,12 @@ def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, m
         (["--config=BAD/empty.py"], "has no attribute 'get_config'"),
         (["--config=BAD/other.py"], "other.py lacks autoencoder.pretrained_path, "),
         (["--config=configs/digits.py", "--config.dataset.path=~/none"], f"No latents at {Path.home() / 'none'}"),
-        (
-            ["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"],
-            "--config or an override of its fields: tuple indices must be",
-        ),
+        (["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"], "override of its fields: tuple indices"),
         (["--config=configs/digits.py", "train"], "expected only flags of the form --name=value; found train"),
     ],
 )
 def test_errors_on_the_command_line_are_one_message(tmp_path, flags, message):
-    misspelt = (
-        "from configs.common import base\ndef get_config():\n    config = base(); config.train.grad_clipp = 1.0\n"
-    )
+    misspelt = "from configs.common import base\ndef get_config(): base().train.grad_clipp = 1.0\n"
     (tmp_path / "misspelt.py").write_text(misspelt)
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "other.py").write_text("import ml_collections\ndef get_config(): return ml_collections.ConfigDict()\n")
