@@ -171,13 +171,11 @@ def test_diffusers_folders_that_are_not_whole_are_refused(tiny, tmp_path):
         load_autoencoder(tmp_path)
 
 
-def test_pipeline_folder(tiny, tmp_path):
-    (tmp_path / "vae").symlink_to(tiny)
-    assert load_autoencoder(tmp_path).identity == load_autoencoder(tiny).identity
-
-
-def test_identity_follows_the_weights_and_the_scale(tiny):
+def test_identity_follows_the_weights(tiny, tmp_path):
+    """Also from a pipeline's folder."""
     identity = load_autoencoder(tiny).identity
+    (tmp_path / "vae").symlink_to(tiny)
+    assert load_autoencoder(tmp_path).identity == identity
     assert load_autoencoder(tiny, dtype=torch.bfloat16).identity == identity
     vae = AutoencoderKL.from_pretrained(tiny)
     assert Autoencoder(vae).identity == identity
@@ -185,15 +183,16 @@ def test_identity_follows_the_weights_and_the_scale(tiny):
     assert Autoencoder(vae).identity["sha256"] != identity["sha256"]
 
 
-def test_autoencoder_with_a_shift_is_refused():
-    with pytest.raises(UserError, match=r"shift_factor=0\.1"):
-        Autoencoder(AutoencoderKL(**TINY, shift_factor=0.1))
-
-
-@pytest.mark.parametrize("scale", [None, 0, -1.0, math.nan, "1"])
-def test_autoencoder_without_a_scale_is_refused(scale):
-    with pytest.raises(UserError, match="scaling_factor must be a number above 0, found"):
-        Autoencoder(AutoencoderKL(**{**TINY, "scaling_factor": scale}))
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("shift_factor", 0.1, r"shift_factor=0\.1"),
+        *(("scaling_factor", v, "must be a number above 0, found") for v in (None, 0, -1.0, math.nan, "1")),
+    ],
+)
+def test_a_shift_or_no_scale_is_refused(setting, value, message):
+    with pytest.raises(UserError, match=message):
+        Autoencoder(AutoencoderKL(**{**TINY, setting: value}))
 
 
 def test_moments_and_pixels_are_diffusers_own(tiny):

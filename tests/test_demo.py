@@ -34,6 +34,7 @@ def model(weights):
 
 def test_search_of_imagenet():
     names = imagenet_names()
+    assert names[0] == "tench" and names[999] == "toilet tissue" and len(set(names)) == 1000
     assert demo.offered("207", names) == [207]
     assert demo.offered("20", names)[:3] == [20, 200, 201]  # the number itself, then those that begin with it
     assert demo.offered(" Golden RETRIEVER ", names) == [207]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import RunsCode, contents, overrides
+from conftest import contents, overrides
 from forked import run_forked
 from safetensors.torch import save_file
 
@@ -172,20 +172,6 @@ def test_command_line_errors(tiny_config, weights, tmp_path):
         done = run_forked(*command(tiny_config, weights, tmp_path / "images", *flags))
         assert done.returncode != 0 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and not (tmp_path / "images").exists()
-
-
-def test_pickles_are_not_run(tmp_path):
-    torch.save({"weight": RunsCode(open, tmp_path / "code-has-run", "w")}, tmp_path / "harm.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    (tmp_path / "cut.safetensors").write_bytes(b"123")
-    for name, message in (
-        ("harm.pth", "could not be read as a plain state dict"),
-        ("list.pth", "expected a plain state dict of tensors"),
-        ("cut.safetensors", "not a whole safetensors file"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Model.open(tmp_path / name)
-    assert not (tmp_path / "code-has-run").exists()
 
 
 DAMAGED = {

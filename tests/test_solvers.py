@@ -15,7 +15,6 @@ from libs.solvers import (
     dpm_solver_fast,
     dpm_solver_multistep,
     dpm_solver_singlestep,
-    fast_orders,
     heun,
     karras_times,
     lambda_times,
@@ -95,12 +94,6 @@ def test_order_of_convergence(name, order, evaluations_per_interval, solve):
         errors.append((found - exact_mixture_sample(name)).square().mean().sqrt().item())
     slope = -np.polyfit(np.log(evaluations), np.log(errors), 1)[0]
     assert slope == pytest.approx(order, abs=0.3), errors
-
-
-def test_fast_orders_use_every_step():
-    for order in (1, 2, 3):
-        assert all(sum(fast_orders(steps, order)) == steps for steps in range(order, 60))
-    assert fast_orders(6, 3) == [3, 2, 1] and fast_orders(7, 3) == [3, 3, 1] and fast_orders(8, 3) == [3, 3, 2]
 
 
 def recorded(model):
