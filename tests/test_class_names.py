@@ -18,18 +18,13 @@ TREE = ["class0", "class1", "class2"]  # folders of the data of the tests
 SYNSETS = ["n01440764", *(f"n{10_000_000 + i}" for i in range(998)), "n15075141"]
 
 
-@pytest.fixture
-def trained(trained_run):
-    """A checkpoint of a run on the store of `TREE`."""
-    return trained_run / "ckpts" / "3.ckpt"
-
-
 def saved_names(weights):
     return checkpoint.saved_settings(checkpoint.find_weights(weights))["class_names"]
 
 
-def test_names_go_from_the_data_with_the_weights_into_every_form(trained, tmp_path):
+def test_names_go_from_the_data_with_the_weights_into_every_form(trained_run, tmp_path):
     """Checkpoint, safetensors and pipeline; what diffusers saves again, too."""
+    trained = trained_run / "ckpts" / "3.ckpt"
     assert saved_names(trained) == TREE
     one, pipeline = tmp_path / "own" / "a.safetensors", tmp_path / "pipeline"
     other = tmp_path / "other" / "b.safetensors"
@@ -48,7 +43,8 @@ def test_names_go_from_the_data_with_the_weights_into_every_form(trained, tmp_pa
     assert checkpoint.saved_settings(tmp_path / "a.pth") is None
 
 
-def test_the_programs_take_names_and_write_them(trained, tmp_path, monkeypatch):
+def test_the_programs_take_names_and_write_them(trained_run, tmp_path, monkeypatch):
+    trained = trained_run / "ckpts" / "3.ckpt"
     for name, words in (("a.png", "class2,Class0"), ("b.png", "2,0")):
         flags = ("--nnet_path", trained, "--steps", 3, "--grid", tmp_path / name)
         done = run_forked("scripts/sample.py", "--classes", words, *flags)

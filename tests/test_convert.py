@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, RunsCode, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -84,6 +84,7 @@ def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.pth").touch()
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"weight": RunsCode(open, tmp_path / "own", "w")}, tmp_path / "harm.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"123")
     digits = ROOT / "configs" / "digits.py"
     tiny_config.autoencoder.pretrained_path = "assets/no_autoencoder"
@@ -97,6 +98,7 @@ def test_errors_leave_nothing(state, config_file, tiny_config, tmp_path):
         ("released.pth", "own/a.bin", config_file, "a.bin must be NAME.safetensors, NAME.pth or a new folder"),
         ("released.pth", "/proc/a.pth", config_file, "Cannot write /proc/a.pth: .*, or set OUT"),
         ("empty.pth", "own/a.safetensors", config_file, "empty.pth could not be read as a plain state dict: EOFError"),
+        ("harm.pth", "own/a.safetensors", config_file, "could not be read as a plain state dict"),
         ("list.pth", "own/a.safetensors", config_file, "expected a plain state dict of tensors"),
         ("cut.safetensors", "own/a.safetensors", config_file, "not a whole safetensors file"),
         ("released.pth", "own", "no_autoencoder.py", "no_autoencoder"),

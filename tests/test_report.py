@@ -136,10 +136,11 @@ def weights(trained_run):
 
 @pytest.fixture
 def inception(inception_assets, monkeypatch):
-    """Random weights for the suite, and a distance that takes no time."""
+    """Random weights for the suite, of which this is the assets folder, and a distance that takes no time."""
     monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
     monkeypatch.setattr(evaluate_npz, "ASSETS", inception_assets)
+    return inception_assets
 
 
 @pytest.mark.slow
@@ -179,9 +180,7 @@ runpy.run_path("eval.py", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_score_as_the_sweep_does_alone(
-    tiny_config, weights, inception, inception_assets, tmp_path, monkeypatch
-):
+def test_two_processes_sample_and_score_as_the_sweep_does_alone(tiny_config, weights, inception, tmp_path, monkeypatch):
     """eval.py --metrics shared by two, and the guidance sweep by ADM's suite on one process: the same five scores."""
     (tmp_path / "quick_scores.py").write_text(QUICK_SCORES)
     reference = tmp_path / "reference.npz"
@@ -189,7 +188,7 @@ def test_two_processes_sample_and_score_as_the_sweep_does_alone(
     tiny_config.sample.update(n_samples=10, mini_batch_size=5)  # two batches of images and two of features
     out = tmp_path / "images"
     flags = [*overrides(tiny_config), f"--nnet_path={weights}", f"--IMGsave_path={out}", f"--metrics={reference}"]
-    done = run(tmp_path / "quick_scores.py", *flags, processes=2, env={"TORCH_HOME": str(inception_assets)})
+    done = run(tmp_path / "quick_scores.py", *flags, processes=2, env={"TORCH_HOME": str(inception)})
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "images_report" / "metrics.json").read_text())
 

@@ -37,9 +37,8 @@ def test_every_setting_is_scored_once(tiny_config, weights, tmp_path):
     config = ml_collections.ConfigDict(tiny_config)  # a set of the sweep is the set of eval.py
     config.sample.update(scale=4.0, scale_pow=2.0, sample_steps=3)
     evaluation.evaluate(config, str(weights), tmp_path / "alone")
-    assert dict((setting.name(), scores) for setting, scores in rows)["scale4_power2_intervalnone_steps3"] == ink(
-        tmp_path / "alone"
-    )
+    of_setting = {setting.name(): scores for setting, scores in rows}
+    assert of_setting["scale4_power2_intervalnone_steps3"] == ink(tmp_path / "alone")
 
 
 def test_settings(tmp_path):
