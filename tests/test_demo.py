@@ -13,11 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, run
+from conftest import ROOT, free_port, run
 from forked import run_forked
 from PIL import Image
-from test_pipeline import save_weights
 
 from libs.model import Model, imagenet_names
 from scripts import demo, sample
@@ -30,21 +28,13 @@ needs_gradio = pytest.mark.skipif(
 
 
 @pytest.fixture
-def weights(tiny_config, tmp_path):
-    """A tiny model with its config inside; its batches do not divide the samples."""
-    torch.manual_seed(5)
-    tiny_config.sample.mini_batch_size = 4
-    save_weights(tiny_config, tmp_path / "tiny.safetensors")
-    return tmp_path / "tiny.safetensors"
-
-
-@pytest.fixture
 def model(weights):
     return Model.open(weights)
 
 
 def test_search_of_imagenet():
     names = imagenet_names()
+    assert names[0] == "tench" and names[999] == "toilet tissue" and len(set(names)) == 1000
     assert demo.offered("207", names) == [207]
     assert demo.offered("20", names)[:3] == [20, 200, 201]  # the number itself, then those that begin with it
     assert demo.offered(" Golden RETRIEVER ", names) == [207]
@@ -94,11 +84,6 @@ def test_bad_fields_are_told_in_one_line(model, changed, message):
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         demo.checked(model, **fields | changed)
     assert "\n" not in str(caught.value)
-    if "gradio" not in LACKING:
-        import gradio as gr
-
-        with pytest.raises(gr.Error), demo.errors_in_page():
-            demo.checked(model, **fields | changed)
 
 
 def test_a_mistake_of_the_user_is_told_in_the_page(monkeypatch, model):
@@ -128,8 +113,6 @@ def test_the_pictures_are_those_of_the_sampling_program(model, weights, tmp_path
         assert np.array_equal(grid[::6, left : left + 96 : 6], pictures[i])
     sheet = np.asarray(Image.open(tmp_path / "grid_trajectory.png"))
     assert np.array_equal(np.asarray(sample.trajectory_sheet(sampled, labels[:1], [0])), sheet)
-    other = np.asarray(sample.trajectory_sheet(sampled, labels[:1], [4]))[-100:-4, -100:-4]
-    assert np.abs(other[::6, ::6].astype(int) - pictures[4]).max() <= 1  # (alone in its batch: round-off)
 
 
 def test_without_gradio_one_line_says_what_to_install():
@@ -155,12 +138,6 @@ def test_errors_of_the_program_are_one_line(weights):
 
 
 # --- In a browser -----------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture

@@ -2,18 +2,17 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from scripts import make_digits, score_digits, train_autoencoder
 
-ROOT = Path(__file__).resolve().parent.parent
 AUTOENCODER = ROOT / "assets/digits_autoencoder"
 
 
@@ -87,10 +86,6 @@ def test_digits_are_written_once_and_never_over_others(digits, tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="does not hold the digits"):
         make_digits.make_digits(tmp_path)
-
-
-def test_autoencoder_is_small():
-    assert sum(path.stat().st_size for path in AUTOENCODER.iterdir()) < 2_000_000
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_config, run
+from conftest import load_config, run, save_weights
 from forked import run_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import pipeline_of, save_weights
+from test_pipeline import pipeline_of
 from tqdm import tqdm
 
 import eval as evaluation
@@ -19,15 +19,6 @@ import sde
 from libs.model import Model, config_json, open_autoencoder
 from scripts import convert_checkpoint as converting
 from scripts import sample
-
-
-@pytest.fixture
-def weights(tiny_config, tmp_path):
-    """A tiny model with its config inside; its batches do not divide the set."""
-    torch.manual_seed(5)
-    tiny_config.sample.update(n_samples=9, mini_batch_size=4)
-    save_weights(tiny_config, tmp_path / "tiny.safetensors")
-    return tmp_path / "tiny.safetensors"
 
 
 @pytest.fixture
