@@ -7,10 +7,9 @@
     python benchmarks/speed.py sample --config=configs/digits.py --batch=50 --steps=20 --variants=released-no,eager-no
 
 "train" times whole training steps (forward, backward, optimiser, one average), "gradient" forward and backward alone,
-"sample" guided sampling without decoding. A variant is WAY-PRECISION[-RECOMPUTE][-triton]. WAY: released
+"sample" guided sampling without decoding. A variant is WAY-PRECISION[-RECOMPUTE]. WAY: released
 (benchmarks/released_recipe.py); eager, compiled (whole), blocks; dit, dit_compiled (diffusers' DiT-XL/2 at its size).
-PRECISION: no, bf16 or fp16. RECOMPUTE: of config.train.recompute, but off. triton: depthwise convolutions by the
-kernels of libs/depthwise_kernels.py, on a GPU.
+PRECISION: no, bf16 or fp16. RECOMPUTE: of config.train.recompute, but off.
 On a CPU variants are timed in turn, a round at a time, so that a change of the machine's load falls on all of them; on
 a GPU one after the other, as its memory need not hold all: a row is printed as soon as it is measured. Each is compared
 with the eager float32 network: its outputs and, of "train", the losses of the first steps (--losses). "first" is the
@@ -40,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import sde
 import utils
 from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
-from libs.compilation import TRITON_FORMS, compile_network, round_weights, use_forms
+from libs.compilation import compile_network, round_weights
 from libs.launch import keep_freed_memory
 from libs.model import build_network, loss_weights
 from libs.optim import EMA, clip_or_skip, make_adamw
@@ -53,7 +52,6 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = {  # what a GPU's kernel is part of, by its name: the first that fits
     "attention": "sdpa|flash|fmha|attention",
     "fused passes": "^triton_",
-    "depthwise (Triton)": "^(convolve|weight_gradient)",
     "depthwise, convolutions": "conv|wgrad2d|dgrad2d|cudnn|implicit|nchw|nhwc|winograd",
     "matrix products": "gemm|nvjet|cutlass|splitK|cublas",
     "optimiser, average, norm": "multi_tensor_apply|foreach|lpnorm",
@@ -87,7 +85,7 @@ class Variant:
         way, precision, *rest = name.split("-")
         ways = ("eager", *COMPILED) if rest else ("released", "eager", *COMPILED, *PEERS)
         if way not in ways or precision not in DTYPES:
-            raise SystemExit(f"error: no variant {name!r}: expected WAY-PRECISION[-RECOMPUTE][-triton]")
+            raise SystemExit(f"error: no variant {name!r}: expected WAY-PRECISION[-RECOMPUTE]")
         self.way, self.dtype, self.args, self.config = way, DTYPES[precision], args, config
         self.device = torch.device(args.device)
         if way in PEERS:
@@ -98,9 +96,6 @@ class Variant:
         else:
             self.nnet = ReleasedRecipe(nnet) if way == "released" else copy.deepcopy(nnet)
         self.nnet.to(self.device).train(args.task != "sample")
-        if "triton" in rest:
-            rest.remove("triton")
-            use_forms(self.nnet, TRITON_FORMS)
         if args.task == "sample" and way not in ("released", *PEERS):
             round_weights(self.nnet, precision)
         self.weights = (1.0,) if way in PEERS else loss_weights(config)

@@ -1,12 +1,9 @@
-"""The depthwise convolution's own backward pass, and the Triton kernels as far as a CPU can show."""
+"""The depthwise convolution's own backward pass."""
 
 import pytest
 import torch
-from conftest import load_config, run
 
-from libs import cost, depthwise
-from libs.compilation import TRITON_FORMS, use_forms
-from libs.model import build_network_on_meta
+from libs import depthwise
 
 
 @pytest.mark.parametrize("size", [(2, 5, 9, 6, 7), (3, 4, 4, 5, 1), (1, 2, 3, 4, 5)])
@@ -44,52 +41,3 @@ def test_as_one_operation_it_is_registered_well():
     torch.library.opcheck(depthwise.depthwise_conv, (x.requires_grad_(), weight.requires_grad_()))
     for needed in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(depthwise.depthwise_gradients, (x.detach(), x.detach(), weight.detach(), *needed))
-
-
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    done = run("-m", "pytest", "-q", "tests/depthwise_interpreted.py", env={"TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_the_kernels_compile_for_a_gpu(kind):
-    """The interpreter accepts more than the compiler. For compute capability 9.0; k = 3, as 7 takes ten seconds."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    sizes = {"WIDTH": 9, "DIM": 33, "K": 3, "GROUPS": 2, "COLUMNS": depthwise.COLUMNS, "CHANNELS": depthwise.CHANNELS}
-    forward = {"HAS_BIAS": True, "RESIDUAL": True, "TRANSPOSED": False}
-    backward = {"HAS_BIAS": False, "RESIDUAL": True, "TRANSPOSED": True}
-    types = dict.fromkeys(("x", "out", "grad"), f"*{kind}") | dict.fromkeys(("taps", "bias", "sums"), "*fp32")
-    for kernel, flags in (
-        (depthwise.kernels.convolve, forward),
-        (depthwise.kernels.convolve, backward),
-        (depthwise.kernels.weight_gradient, {}),
-    ):
-        constants = sizes | flags
-        signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2})
-        assert "fma.rn.f32" in made.asm["ptx"]
-        assert "atom." not in made.asm["ptx"] and "red.global" not in made.asm["ptx"]
-
-
-def test_without_triton():
-    code = "import sys; sys.modules['triton'] = None; from libs import depthwise; assert depthwise.kernels is None"
-    done = run("-c", code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_operations_count_as_before():
-    config = load_config("DiMR-XL-2R_imagenet256")
-    nnet = build_network_on_meta(config)
-    use_forms(nnet, TRITON_FORMS)
-    branches = cost.branch_costs(nnet, tuple(config.z_shape))
-    assert sum(branch.multiply_adds for branch in branches) / 1e9 == pytest.approx(160.18, abs=0.01)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_the_benchmark_needs_a_gpu():
-    done = run("benchmarks/kernels.py")
-    assert done.returncode == 1 and done.stderr == "error: times kernels on a GPU; found no CUDA device, or no triton\n"

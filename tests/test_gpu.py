@@ -7,8 +7,7 @@ from test_network import inputs, small_model
 from test_train import losses
 
 import sde
-from benchmarks import kernels
-from libs.compilation import TRITON_FORMS, compile_network, use_forms
+from libs.compilation import compile_network
 from libs.optim import EMA, clip_or_skip, make_adamw
 from libs.randomness import step_draws
 
@@ -21,29 +20,11 @@ def float32_is_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "k"), [((5, 32, 32, 480), 7), ((2, 9, 35, 33), 5), ((1, 2, 3, 40), 3)])
-def test_depthwise_kernels(shape, k, dtype):
-    """Against float64 arithmetic on the same numbers, to the last place of each result."""
-    inputs = kernels.make_inputs(shape, "cuda", dtype, 0, k)
-    ours = kernels.passes("Triton", *inputs)
-    exact = kernels.passes("PyTorch, contiguous", *(a.double().cpu() for a in inputs))
-    for name, function in ours.items():
-        found, again = function(), function()
-        assert torch.equal(found, again)
-        expected = kernels.alike("PyTorch, contiguous", name, exact[name]())
-        eps = 1e-5 if name == "weight gradient" else max(torch.finfo(dtype).eps / 2, 2e-6) * 1.01  # sums of 49 terms
-        difference = (found.float().cpu() - expected).abs()
-        assert (difference <= eps * (expected.abs() + expected.abs().mean())).all(), name
-
-
 @pytest.mark.parametrize("how", ["off", "blocks"])
-@pytest.mark.parametrize("forms", [{}, TRITON_FORMS])
-def test_faster_forms_have_the_references_gradients(how, forms):
+def test_faster_forms_have_the_references_gradients(how):
     arguments, gradients = [tensor.cuda() for tensor in inputs()], []
     for model in (small_model().cuda(), small_model().cuda()):
         if gradients:
-            use_forms(model, forms)
             compile_network(model, how)
         sum(output.square().mean() for output in model(*arguments)).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
