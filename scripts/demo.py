@@ -98,18 +98,9 @@ def build_page(model: Model) -> "gr.Blocks":
                     n_samples = gr.Slider(1, 64, 8, step=1, label="Samples", min_width=120)
                 button = gr.Button("Sample", variant="primary")
             with gr.Column(scale=5, min_width=320):
-                samples = gr.Gallery(
-                    label="Samples",
-                    show_label=False,  # it would lie on the first picture
-                    columns=4,
-                    format="png",
-                    height="auto",
-                    object_fit="contain",
-                    allow_preview=False,
-                    buttons=[],
-                    interactive=False,
-                    elem_id="samples",
-                )
+                # A label would lie on the first picture.
+                shown = {"show_label": False, "columns": 4, "height": "auto", "object_fit": "contain", "buttons": []}
+                samples = gr.Gallery(format="png", allow_preview=False, interactive=False, elem_id="samples", **shown)
         sheet = gr.Image(
             label="How a sample comes about", format="png", buttons=["download", "fullscreen"], elem_id="sheet"
         )

@@ -43,10 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="whether sampled latents are times the scaling factor already (default: yes in fast-dit, else no)",
     )
-    args = parser.parse_args(argv)
-    if min(args.n_classes, args.shard_size) < 1:
-        parser.error("--n_classes and --shard_size must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def as_moments(values: np.ndarray, autoencoder: Autoencoder, scaled: bool) -> np.ndarray:
