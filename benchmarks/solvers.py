@@ -3,18 +3,15 @@
     python benchmarks/solvers.py            # benchmarks/results/solvers.png and solvers.md; a minute or two
     python benchmarks/solvers.py --digits workdir/quickstart/train/ckpts/2000.ckpt     # solvers_digits.png and .md
 
-Exact: the data are four Gaussians in the plane, of different weights and widths, whose noise prediction is known in
-closed form, so that solvers are judged without a network's error. All start from the same noise at t_end and end at
-t_start.
+Exact: four Gaussians in the plane, whose noise prediction is known in closed form. All solvers take the same noise.
 
-- rms: root mean square distance to where the exact probability-flow ODE takes the same noise (the released solver with
-  an NFE of 6,000, uniform in lambda). An ancestral sampler has no such end.
-- W1: Wasserstein-1 distance of the samples to those exact ones, mean over the two coordinates. The noise of ddpm is its
-  own: it cannot come closer than an independent exact sample, whose distance is given as the floor.
+- rms: root mean square distance to where the exact probability-flow ODE ends (the released solver with an NFE of 6,000,
+  uniform in lambda). An ancestral sampler has no such end.
+- W1: Wasserstein-1 distance to those exact samples, mean over the two coordinates. The noise of ddpm is its own: it
+  cannot come closer than an independent exact sample, whose distance is the floor.
 
-Digits: configs/digits.py with its guidance and the weights that scripts/quickstart.sh trains. The reference is the
-released solver with a large NFE, uniform in lambda, in float32; the second-order multistep solver with the same NFE
-ends at the distance given as the floor. Distances are root mean squares relative to that of the latents.
+Digits: configs/digits.py with its guidance. The reference is the released solver with a large NFE, uniform in lambda;
+the floor is the distance of the second-order multistep solver with the same NFE. Relative to the rms of the latents.
 """
 
 import argparse
@@ -51,8 +48,6 @@ COMPARED = {name: solver for name, solver in SOLVERS.items() if not solver.conti
 COMPARED["2m, uniform t"] = lambda f, s, x, n, draw: dpm_solver_multistep(f, s, x, uniform_times(s, n), 2)
 COMPARED["3m, uniform t"] = lambda f, s, x, n, draw: dpm_solver_multistep(f, s, x, uniform_times(s, n), 3)
 
-# An error curve is {NFE: error}.
-
 
 def mixture_noise_model(schedule):
     """eps(x, t) = -sigma times the score of the mixture at time t; x (N, 2)."""
@@ -82,7 +77,7 @@ def independent_sample(schedule, n, generator):
 
 
 def exact_errors(schedule):
-    """Measure one schedule: {solver: curve of rms}, {solver: curve of W1}, and the floor of W1."""
+    """Measure one schedule: {solver: curve of rms}, {solver: curve of W1}, each {NFE: error}, and the floor of W1."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(N_POINTS, 2, dtype=torch.float64, generator=generator)
     model = mixture_noise_model(schedule)
@@ -99,8 +94,8 @@ def exact_errors(schedule):
 
 
 @torch.no_grad()
-def digits_errors(weights):
-    """Measure the digits model: {solver: curve}, and the distance of two references."""
+def report_digits(weights):
+    """Measure the digits model: text and figure."""
     config = utils.load_config(utils.ROOT / "configs" / "digits.py")
     schedule, nnet = sde.get_schedule(config.schedule), Model.open(weights, config).nnet
     labels = torch.arange(N_DIGITS) % config.dataset.n_classes
@@ -118,7 +113,16 @@ def digits_errors(weights):
         for name, solver in COMPARED.items()
         if name != "ddpm"  # whose end is another for every noise it draws
     }
-    return curves, error(dpm_solver_multistep(model, schedule, x, times, 2))
+    floor = error(dpm_solver_multistep(model, schedule, x, times, 2))
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    draw(axes, curves, floor, xlabel="NFE", ylabel="distance to the reference / size of latents")
+    axes.legend(fontsize=8)
+    text = (
+        f"{N_DIGITS} digits, the guidance of configs/digits.py; reference: the released solver with an NFE of "
+        f"{DIGITS_REFERENCE}.\nTwo references are {floor:.1e} apart (grey line): no distance below that is known.\n\n"
+    )
+    rows = [(name, {n: f"{error:.1e}" for n, error in curve.items()}) for name, curve in curves.items()]
+    return text + table((6, 10, 20, 50, 80), rows), figure
 
 
 def draw(axes, curves, floor, **labels):
@@ -160,20 +164,6 @@ def report_exact():
     return text, figure
 
 
-def report_digits(weights):
-    """Measure the digits model: text and figure."""
-    curves, floor = digits_errors(weights)
-    figure, axes = plt.subplots(figsize=(6.4, 4.8))
-    draw(axes, curves, floor, xlabel="NFE", ylabel="distance to the reference / size of latents")
-    axes.legend(fontsize=8)
-    text = (
-        f"{N_DIGITS} digits, the guidance of configs/digits.py; reference: the released solver with an NFE of "
-        f"{DIGITS_REFERENCE}.\nTwo references are {floor:.1e} apart (grey line): no distance below that is known.\n\n"
-    )
-    rows = [(name, {n: f"{error:.1e}" for n, error in curve.items()}) for name, curve in curves.items()]
-    return text + table((6, 10, 20, 50, 80), rows), figure
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", metavar="WEIGHTS", help="checkpoint of the digits model: solvers_digits.* only")
@@ -181,12 +171,9 @@ def main():
     torch.set_num_threads(1)
     started = time.perf_counter()
     text, figure = report_digits(args.digits) if args.digits else report_exact()
-    name = "solvers_digits" if args.digits else "solvers"
-    title = "the trained digits model" if args.digits else "an exact mixture of Gaussians"
-    head = (
-        f"# Solvers on {title}\n\n{describe_run()}, {time.perf_counter() - started:.0f} s.\n\n"
-        f"![Error against NFE]({name}.png)\n\n"
-    )
+    name, title = ("solvers_digits", "digits") if args.digits else ("solvers", "an exact mixture of Gaussians")
+    seconds = f"{time.perf_counter() - started:.0f} s"
+    head = f"# Solvers on {title}\n\n{describe_run()}, {seconds}.\n\n![Error against NFE]({name}.png)\n\n"
     out = utils.ROOT / "benchmarks" / "results" / name
     figure.tight_layout()
     figure.savefig(out.with_suffix(".png"), dpi=110)

@@ -1,9 +1,7 @@
 """Training and sampling speed of a config's network beside the released recipe and DiT-XL/2, one table per run.
 
     python benchmarks/speed.py train --config=configs/DiMR-XL-2R_imagenet256.py --batch=64 \
-        --variants=released-no,released-bf16,eager-bf16,compiled-bf16,compiled-bf16-all,dit_compiled-bf16
-    python benchmarks/speed.py gradient --config=configs/DiMR-XL-2R_imagenet256.py --batch=2 \
-        --variants=released-no,eager-no
+        --variants=released-bf16,eager-bf16,blocks-bf16,blocks-bf16-all,dit_compiled-bf16
     python benchmarks/speed.py sample --config=configs/digits.py --batch=50 --steps=20 --variants=released-no,eager-no
 
 "train" times whole training steps (forward, backward, optimizer, EMA), "gradient" forward and backward alone, "sample"
@@ -57,10 +55,7 @@ KERNELS = {  # kinds of a GPU's kernels by their names, the first that fits
 
 
 class DiT(torch.nn.Module):
-    """diffusers' DiT-XL/2-256, called and answering as a DiMR.
-
-    750 M parameters, not the published 675: diffusers embeds label and time in every block anew.
-    """
+    """diffusers' DiT-XL/2-256, called as a DiMR; 750 M parameters, as every block embeds label and time anew."""
 
     def __init__(self):
         super().__init__()

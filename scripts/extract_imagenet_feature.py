@@ -38,32 +38,6 @@ Encode = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, H, W) in [-1, 1
 AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--images", required=True, help="folder with one folder per class, or of images alone")
-    add("--out", required=True, help="folder of the latent store")
-    add("--autoencoder", default=AUTOENCODER, help="diffusers folder, hub id, or single file")
-    add("--resolution", type=image_size, default=256, help="size of the crop in pixels: a side, or HEIGHTxWIDTH")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
-    add("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
-    add("--batch_size", type=int, default=64, help="images per encoding (twice as many views with --flip)")
-    add("--shard_size", type=int, default=8192, help="images per file: the unit of work and of resuming")
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    add("--workers", type=int, default=cores, help="image-reading processes per process")
-    add("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
-    return parser.parse_args(argv)
-
-
-def encode_batch(encode: Encode, images: torch.Tensor, flip: bool) -> np.ndarray:
-    """Encode uint8 images (B, 3, H, W) to moments (B * views, 2C, h, w); a mirror image follows its image."""
-    if flip:
-        images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
-    return encode(uint8_to_float(images)).cpu().numpy()
-
-
 def sizes_digest(tree: ImageTree, first: int, last: int) -> str:
     """SHA-256 of some files' sizes, of images first..last - 1: it tells other images of the same names."""
     some = range(first, last, max(1, (last - first) // 16))
@@ -104,7 +78,10 @@ def encode_shards(
                 images, problems = next(batches)
                 unreadable += problems
                 if len(images) and (args.skip_unreadable or not unreadable):
-                    moments = encode_batch(encode, images.to(state.device, non_blocking=True), args.flip)
+                    images = images.to(state.device, non_blocking=True)  # uint8 (B, 3, H, W)
+                    if args.flip:  # a mirror image follows its image
+                        images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
+                    moments = encode(uint8_to_float(images)).cpu().numpy()
                     with np.errstate(over="ignore"):  # reported, with the remedy, when the shard is written
                         records[n_records : n_records + len(moments)] = moments
                     n_records += len(moments)
@@ -169,10 +146,8 @@ def prepare(writer: StoreWriter, tree: ImageTree, args: argparse.Namespace) -> l
     record_bytes = np.dtype(args.dtype).itemsize * int(np.prod(writer.settings["record_shape"]))
     needed, free = n_images * (2 if args.flip else 1) * record_bytes, shutil.disk_usage(args.out).free
     if needed > free:
-        raise UserError(
-            f"{args.out} needs {needed / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free: free space, set "
-            f"another --out, or use --dtype float16"
-        )
+        found = f"{args.out} needs {needed / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free"
+        raise UserError(f"{found}: free space, set another --out, or use --dtype float16")
     print(f"{len(tree)} images in {len(tree.class_names)} classes; {n_images} to encode in {len(todo)} shards")
     return todo
 
@@ -182,17 +157,30 @@ def finish(writer: StoreWriter, tree: ImageTree, unreadable: list[tuple[int, str
     if unreadable:
         print(f"{len(unreadable)} images cannot be read:", *[reason for _, reason in unreadable], sep="\n  ")
         if not args.skip_unreadable:
-            raise UserError(
-                f"{len(unreadable)} images (listed above) cannot be read: replace them, or give --skip_unreadable to "
-                f"leave them out; re-run to complete {args.out}"
-            )
+            found = f"{len(unreadable)} images (listed above) cannot be read"
+            raise UserError(f"{found}: replace them, or give --skip_unreadable to leave them out, and re-run")
     writer.finish(tree.labels, tree.name)
     store = LatentStore.open(args.out)
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--images", required=True, help="folder with one folder per class, or of images alone")
+    add("--out", required=True, help="folder of the latent store")
+    add("--autoencoder", default=AUTOENCODER, help="diffusers folder, hub id, or single file")
+    add("--resolution", type=image_size, default=256, help="size of the crop in pixels: a side, or HEIGHTxWIDTH")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
+    add("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
+    add("--batch_size", type=int, default=64, help="images per encoding (twice as many views with --flip)")
+    add("--shard_size", type=int, default=8192, help="images per file: the unit of work and of resuming")
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    add("--workers", type=int, default=cores, help="image-reading processes per process")
+    add("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
+    args = parser.parse_args(argv)
     # Processes finish shards at different times: wait for hours, not for the default minutes.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     with errors_in_one_line():

@@ -4,15 +4,12 @@
         [--autoencoder PATH] [--seed 0 --per_class 4 --cfg 1,1.4,3 --steps 20,50] [--trajectory] --grid out.png
     python scripts/sample.py --grid out.png
 
-The second line takes the digits model that scripts/quickstart.sh has trained, and the first ten classes. Classes are
-numbers or names, those of the training data's folders (ImageNet's: in English). The config and the names are those
-saved with the weights, the config unless given. Sample j of class k of the list has the index k * per_class + j: with
-the same seed, batches and settings it is eval.py's image of that index and label, to the bit.
+The second line takes the digits model that scripts/quickstart.sh has trained, and the first ten classes. Sample j of
+class k of the list has the index k * per_class + j: with the same seed, batches and settings it is eval.py's image of
+that index and label, to the bit. The grid has a row for each guidance scale and NFE, and a column for each sample.
 
-The grid has a row for each guidance scale and NFE, and a column for each sample.
 --trajectory writes NAME_trajectory.png beside the grid: for the first sample of each class, at times t from 1 (noise)
-to 0, each branch's estimate x_0 = (x_t - sigma eps) / alpha at its resolution, coarsest first. The finest is the one
-sampled with.
+to 0, each branch's estimate x_0 = (x_t - sigma eps) / alpha at its resolution, coarsest first.
 """
 
 import argparse
@@ -66,16 +63,12 @@ def with_settings(model: Model, seed: int | None, scale: float | None, steps: in
     return replace(model, config=config)
 
 
-def bar(evaluations: int) -> tqdm:
-    """Return a progress bar over network evaluations, shown on a terminal."""
-    return tqdm(total=evaluations, unit="evaluation", disable=None)
-
-
 def draw_samples(model: Model, labels: Sequence[int]) -> np.ndarray:
     """Sample the labels, uint8 (len(labels), H, W, 3), in the batches that eval.py makes of them."""
     n, size = len(labels), min(model.config.sample.mini_batch_size, len(labels))
     batches = [range(first, first + size) for first in range(0, n, size)]  # the last one is filled up
-    with bar(len(batches) * model.config.sample.sample_steps) as progress:
+    nfe = len(batches) * model.config.sample.sample_steps
+    with tqdm(total=nfe, unit="evaluation", disable=None) as progress:
         sample = model.sampler(watch=lambda *_: progress.update())
         parts = [sample(batch, [labels[min(i, n - 1)] for i in batch]) for batch in batches]
     check_finite(torch.cat([finite for _, finite in parts])[:n])
@@ -93,7 +86,7 @@ def trajectory(
         times.append(t)
         estimates.append([estimate(model, x, t, eps) for eps in predictions])
 
-    with bar(model.config.sample.sample_steps) as progress:
+    with tqdm(total=model.config.sample.sample_steps, unit="evaluation", disable=None) as progress:
         samples, finite = model.sampler(watch=record)(indices, labels)
     check_finite(finite)
     shown = sorted({round(i) for i in np.linspace(0, len(times) - 1, MOST_TIMES)})
@@ -122,12 +115,7 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def sample_grid(
-    model: Model,
-    labels: list[int],
-    per_class: int,
-    seed: int | None,
-    scales: list[float | None],
-    steps: list[int | None],
+    model: Model, labels: list[int], per_class: int, seed: int | None, scales: list, steps: list
 ) -> Image.Image:
     """Draw the samples of every class, a row for each guidance scale and NFE."""
     models = [with_settings(model, seed, scale, n) for scale in scales for n in steps]  # checks all before sampling

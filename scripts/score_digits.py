@@ -89,11 +89,6 @@ def read_generated(folder: str | Path) -> Images:
     return pixels.permute(0, 2, 3, 1).numpy(), np.array(images.labels)
 
 
-def evenly(items: np.ndarray, n: int) -> np.ndarray:
-    """Pick n of the items, spread evenly in their order: sets sorted by class stay balanced."""
-    return items[np.linspace(0, len(items) - 1, n).round().astype(int)]
-
-
 def score(images: np.ndarray, labels: np.ndarray, real: Images, held_out: Images, judge: Judge) -> dict:
     """Compute the report's scores of generated images by a judge that is fitted to the real ones."""
     n = min(len(images), len(held_out[0]))
@@ -101,7 +96,8 @@ def score(images: np.ndarray, labels: np.ndarray, real: Images, held_out: Images
     statistics = judge.statistics(real[0])
 
     def distance(others: np.ndarray) -> float:
-        return frechet_distance(*statistics, *judge.statistics(evenly(others, n)))
+        chosen = np.linspace(0, len(others) - 1, n).round().astype(int)  # evenly: sets sorted by class stay balanced
+        return frechet_distance(*statistics, *judge.statistics(others[chosen]))
 
     return {
         "class_accuracy": judge.accuracy(images, labels),
