@@ -99,25 +99,21 @@ def main():
     workdir.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((8192, *SHAPE), dtype=np.float32).astype(np.float16)
-    stores = [
-        write_store(workdir / name, n_records, moments, {"sha256": "0" * 64, "scaling_factor": 0.18215})
-        for name, n_records in (("store", N_RECORDS), ("big", BIG_RECORDS))
-    ]
+    autoencoder = {"sha256": "0" * 64, "scaling_factor": 0.18215}
+    store = write_store(workdir / "store", N_RECORDS, moments, autoencoder)
+    big = write_store(workdir / "big", BIG_RECORDS, moments, autoencoder)
     write_pickled_files(workdir / "pickled", rng)
 
-    ways = {
-        "pickled": lambda store, seed: pickled_loader(workdir / "pickled"),
-        "processes": lambda store, seed: make_loader(
-            store, SomeBatches(len(store), BATCH, seed), WORKERS, pin_memory=False
-        ),
-        "threads": lambda store, seed: read_ahead(store, SomeBatches(len(store), BATCH, seed), WORKERS),
-    }
-    store, big = stores
+    ways = [  # pickled files; the store by worker processes, and by threads
+        lambda store, seed: pickled_loader(workdir / "pickled"),
+        lambda store, seed: make_loader(store, SomeBatches(len(store), BATCH, seed), WORKERS, pin_memory=False),
+        lambda store, seed: read_ahead(store, SomeBatches(len(store), BATCH, seed), WORKERS),
+    ]
     # The first pass fills the cache and is not counted.
-    warm = [[records_per_second(way(store, seed)) for seed in range(1 + REPEATS)][1:] for way in ways.values()]
+    warm = [[records_per_second(way(store, seed)) for seed in range(1 + REPEATS)][1:] for way in ways]
     cold = [[] for _ in ways]
     for seed in range(REPEATS):
-        for found, way in zip(cold, ways.values(), strict=True):
+        for found, way in zip(cold, ways, strict=True):
             drop_cache()
             found.append(records_per_second(way(big, seed)))
     drop_cache()

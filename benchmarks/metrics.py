@@ -2,10 +2,9 @@
 
     python benchmarks/metrics.py            # prints benchmarks/results/metrics.md
 
-Each score runs in a process of its own, so that its peak memory is its own (features included, 410 MB for 50,000). The
-Fréchet distance is checked against the eigenvalues of S1 S2 and, for fewer images than features, against the exact
-value without a matrix square root: tr (S1 S2)^½ is the sum of the singular values of X1 X2ᵀ / sqrt((n1 - 1) (n2 - 1)),
-X centered.
+Each score has a process, and so a peak memory, of its own (features included, 410 MB for 50,000). The Fréchet distance
+is checked against the eigenvalues of S1 S2 and, for fewer images than features, against the exact value: tr (S1 S2)^½
+is the sum of the singular values of X1 X2ᵀ / sqrt((n1 - 1) (n2 - 1)), X centered.
 """
 
 import multiprocessing

@@ -95,12 +95,10 @@ class Variant:
             if sampling:
                 round_weights(self.nnet, precision)
             compile_network(self.nnet, WAYS[self.way], sampling, *recompute)
-        generator, shape = torch.Generator().manual_seed(1), (args.batch, *config.z_shape)
-        n_classes = max(config.dataset.n_classes, 1)
-        self.x = torch.randn(shape, generator=generator).to(self.device)
-        self.eps = torch.randn(shape, generator=generator).to(self.device)
+        generator = torch.Generator().manual_seed(1)
+        self.x, self.eps = torch.randn(2, args.batch, *config.z_shape, generator=generator).to(self.device)
         self.t = torch.rand(args.batch, generator=generator).to(self.device)
-        self.y = torch.randint(0, n_classes, (args.batch,), generator=generator).to(self.device)
+        self.y = (torch.arange(args.batch) % max(config.dataset.n_classes, 1)).to(self.device)
         self.run = {"train": self.step, "gradient": self.gradient, "sample": self.sample}[args.task]
         if args.task == "train":
             self.optimizer = make_adamw(self.nnet, 1e-4, (0.99, 0.99), 0.03)
@@ -158,7 +156,7 @@ class Variant:
 
     def compare(self, reference):
         """Set `deviations` from the reference's results, over their largest value."""
-        pairs = zip(self.results(), reference, strict=False)
+        pairs = zip(self.results(), reference, strict=False)  # no reference: none
         self.deviations = [] if self.is_peer else [f"{(a - b).abs().max() / b.abs().max():.1e}" for a, b in pairs]
 
 
@@ -213,12 +211,9 @@ def profile(variant, file):
         sums[kind] += kernel.self_device_time_total / 1e3
         counts[kind] += kernel.count
     busy = sum(sums.values())
-    lines = [
-        f"{variant.args.task} {variant.name}, batch {variant.args.batch}: {busy:.1f} ms of {seconds * 1e3:.1f} ms busy"
-    ]
-    lines += [
-        f"{value:9.2f} ms {value / busy:5.1%} {counts[kind]:6d} calls  {kind}" for kind, value in sums.most_common()
-    ]
+    head = f"{variant.args.task} {variant.name}, batch {variant.args.batch}"
+    lines = [f"{head}: {busy:.1f} ms of {seconds * 1e3:.1f} ms busy"]
+    lines += [f"{ms:9.2f} ms {ms / busy:5.1%} {counts[kind]:6d} calls  {kind}" for kind, ms in sums.most_common()]
     largest = sorted(averages, key=lambda kernel: -kernel.self_device_time_total)[:40]
     lines += [f"{k.self_device_time_total / 1e3:9.3f} ms {k.count:5d} x {k.key[:150]}" for k in largest]
     with open(file, "a") as text:

@@ -49,7 +49,6 @@ def draw(config: ml_collections.ConfigDict, title: str, out: Path) -> None:
         half = spec.depth // 2
         color = ATTENTION if transformer else CONVOLUTION
         kind = "attention +\ngated MLP" if transformer else f"{spec.kernel_size}×{spec.kernel_size} conv +\ngated MLP"
-        cells = f"{spec.max_height}×{spec.max_width}"
         label = "\n+ class token" if transformer else ""
         for x, width, text, fill in (
             (0.0, 1.5, f"{x_shape}\nnoisy, full size", PLAIN),
@@ -64,7 +63,9 @@ def draw(config: ml_collections.ConfigDict, title: str, out: Path) -> None:
                 arrow(axes, (x - 0.48, y + 0.45), (x - 0.02, y + 0.45))
         arrow(axes, (4.85, y + 0.92), (8.35, y + 0.92), color="#888888", connectionstyle="arc3,rad=-0.12", lw=1)
         axes.text(6.6, y + 1.14, "long skips", fontsize=7, ha="center", color="#666666")
-        axes.text(11.45, y + 0.45, f"{cells} cells, width {spec.dim}", fontsize=8, va="center")
+        axes.text(
+            11.45, y + 0.45, f"{spec.max_height}×{spec.max_width} cells, width {spec.dim}", fontsize=8, va="center"
+        )
         if r + 1 < len(nnet.stages):
             dim = nnet.stages[r + 1].upsample.proj.in_features
             middle, top = y - 0.55, y - PITCH + 0.95  # down from the blocks, across, down into the next branch

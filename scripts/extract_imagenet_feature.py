@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -29,12 +29,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
-from libs.autoencoder import load_autoencoder
+from libs.autoencoder import Autoencoder, load_autoencoder
 from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides, uint8_to_float
 from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import errors_in_one_line, raise_on_all_ranks
 
-Encode = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w)
 AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
 
 
@@ -49,7 +48,7 @@ def encode_shards(
     writer: StoreWriter,
     shards: list[int],
     tree: ImageTree,
-    encode: Encode,
+    autoencoder: Autoencoder,
     state: PartialState,
     args: argparse.Namespace,
 ) -> list[tuple[int, str]]:
@@ -81,7 +80,7 @@ def encode_shards(
                     images = images.to(state.device, non_blocking=True)  # uint8 (B, 3, H, W)
                     if args.flip:  # a mirror image follows its image
                         images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
-                    moments = encode(uint8_to_float(images)).cpu().numpy()
+                    moments = autoencoder.encode_moments(uint8_to_float(images)).cpu().numpy()
                     with np.errstate(over="ignore"):  # reported, with the remedy, when the shard is written
                         records[n_records : n_records + len(moments)] = moments
                     n_records += len(moments)
@@ -129,7 +128,7 @@ def extract(args: argparse.Namespace, state: PartialState) -> None:
     autoencoder.to(state.device)
     mine = todo[state.process_index :: state.num_processes]
     with raise_on_all_ranks(state):  # the others finish their shards, which are kept
-        unreadable = encode_shards(writer, mine, tree, autoencoder.encode_moments, state, args)
+        unreadable = encode_shards(writer, mine, tree, autoencoder, state, args)
     unreadable = sorted(gather_object(unreadable))
     with raise_on_all_ranks(state):
         if state.is_main_process:

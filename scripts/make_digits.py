@@ -69,7 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_one_line():
         written = make_digits(args.out)
-    print(f"{args.out}: {written or 'complete, nothing to do'}")
+    counts = "{train} training and {held_out} held-out digits".format(**written) if written else "complete, as before"
+    print(f"{args.out}: {counts}")
 
 
 if __name__ == "__main__":

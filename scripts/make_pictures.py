@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_one_line():
         written = make_pictures(args.out, args.n)
-    print(f"{args.out}: {args.n} pictures in each of pairs/ and crops/" if written else f"{args.out}: nothing to do")
+    print(f"{args.out}: {args.n} pictures in each of pairs/ and crops/{'' if written else ', as before'}")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def sweep(
     """Score all settings, on all processes. The main one writes table and plot, and returns the rows best first."""
     configs = []
     for setting in settings:
-        configs.append(ml_collections.ConfigDict(config))
+        configs.append(config.copy_and_resolve_references())
         configs[-1].sample.update(scale=setting.scale, scale_pow=setting.power, sample_steps=setting.steps)
         configs[-1].sample.interval = setting.interval
         utils.check_sampling(configs[-1])  # all of them, before any is sampled
@@ -127,30 +127,28 @@ def sweep(
     if accelerator.is_main_process:
         (ranking, title), *_ = scorer.titles.items()
         rows.sort(key=lambda row: row[1][ranking])
-        head = f"{config.sample.n_samples} images each, weights `{model.weights}`. Best first."
-        write_table(rows, scorer.titles, head, out / "sweep.md")
+        lines = [f"{config.sample.n_samples} images each, weights `{model.weights}`. Best first.", ""]
+        lines += [f"| {' | '.join([*Setting._fields, *scorer.titles.values()])} |"]
+        lines += ["|---" * (len(Setting._fields) + len(scorer.titles)) + "|"]
+        for setting, scores in rows:
+            values = ["-" if scores[name] is None else f"{scores[name]:.4f}" for name in scorer.titles]
+            lines.append(f"| {' | '.join([*setting.cells(), *values])} |")
+        (out / "sweep.md").write_text("\n".join(lines) + "\n")
         plot(rows, ranking, title, out / "sweep.png")
         logging.info("best: %s, %s; table and plot in %s", rows[0][0].name(), rows[0][1], out)
     launch.finish(accelerator)
     return rows
 
 
-def write_table(rows: list[tuple[Setting, dict]], titles: dict[str, str], head: str, path: Path) -> None:
-    lines = [head, "", f"| {' | '.join([*Setting._fields, *titles.values()])} |", "|---" * (4 + len(titles)) + "|"]
-    for setting, scores in rows:
-        values = ["-" if scores[name] is None else f"{scores[name]:.4f}" for name in titles]
-        lines.append(f"| {' | '.join([*setting.cells(), *values])} |")
-    path.write_text("\n".join(lines) + "\n")
-
-
 def plot(rows: list[tuple[Setting, dict]], name: str, title: str, path: Path) -> None:
     """Plot a score against the scale, one line for all that is sampled alike but for the scale."""
+    lines = {}
+    for setting, scores in sorted(rows, key=lambda row: row[0].scale):
+        label = "power {}, interval {}, {} steps".format(*setting.cells()[1:])
+        lines.setdefault(label, []).append((setting.scale, scores[name]))
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for power, interval, steps in sorted({tuple(setting.cells()[1:]) for setting, _ in rows}):
-        alike = [power, interval, steps], ["none", "none", steps]  # the latter for the point without guidance
-        found = [row for row in rows if row[0].cells()[1:] in alike[: 1 + (row[0].scale == 1)]]
-        line = [(setting.scale, scores[name]) for setting, scores in found]
-        axes.plot(*zip(*sorted(line), strict=True), ".-", label=f"power {power}, interval {interval}, {steps} steps")
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), ".-", label=label)
     axes.set(xlabel="guidance scale (1: none)", ylabel=title, yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
