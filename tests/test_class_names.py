@@ -12,7 +12,7 @@ from libs import checkpoint
 from libs.model import Model, class_label, class_names, config_json, find_classes, imagenet_names
 from libs.pipeline import DiMRPipeline
 from scripts import convert_checkpoint as converting
-from scripts import demo, sample
+from scripts import sample
 
 TREE = ["class0", "class1", "class2"]  # folders of the data of the tests
 SYNSETS = ["n01440764", *(f"n{10_000_000 + i}" for i in range(998)), "n15075141"]
@@ -54,14 +54,10 @@ def test_the_programs_take_names_and_write_them(trained_run, tmp_path, monkeypat
     model = Model.open(trained)
     drawn = []
     monkeypatch.setattr(sample, "draw_sheet", lambda cells, rows, columns: drawn.append((rows, columns)))
-    sample.sample_grid(model, [2, 3], 1, 0, [None], [3], ("class", "sample"))
+    sample.sample_grid(model, [2, 3], 1, 0, [None], [3])
     sample.trajectory_sheet(sample.with_settings(model, 0, None, 3), [1], [0])
     assert drawn[0] == ([""], ["class2", "no class"])
     assert drawn[1][0] == ["class1, branch 1 (1/2)", "class1, branch 2"]
-
-    captions = [demo.caption(label, model.class_names) for label in demo.offered("class", model.class_names)]
-    assert captions == ["class0 (0)", "class1 (1)", "class2 (2)", "no class (3)"]
-    assert demo.checked(model, "class1", None, 0, 2, 3, 2)[1] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -133,8 +129,8 @@ def test_a_number_is_the_label_even_where_a_class_is_called_so():
     """Folders 0 to 11 in sorted order: label 2 is called 10."""
     names = sorted(map(str, range(12)))
     assert names[2] == "10" and class_label("10", names) == 10 and class_label(10, names) == 10
-    assert find_classes("10", names) == [10, 2] and demo.chosen("10", None, names) == 10
+    assert find_classes("10", names) == [10, 2]
     assert [sample.class_caption(label, names) for label in (0, 2, 12)] == ["0", "10 (2)", "no class"]
-    assert demo.caption(2, names) == "10 (2)"
-    padded = ["00", "01", "02", "03"]
-    assert class_label("03", padded) == 3 and sample.class_caption(3, padded) == "03"
+    assert (
+        class_label("03", ["00", "01", "02", "03"]) == 3 and sample.class_caption(3, ["00", "01", "02", "03"]) == "03"
+    )
