@@ -3,7 +3,7 @@
 #     bash benchmarks/gpu.sh first     training and sampling speed, alone on the machine: some seven minutes
 #     bash benchmarks/gpu.sh second    parts, tests, golden files and real runs, side by side: some six minutes
 #     bash benchmarks/gpu.sh third     DiT, larger batches, the network compiled whole (minutes)
-# or the names of stages: train_speed sample_speed kernels parts golden tests run_xl run_fp16 peer larger whole
+# or the names of stages: train_speed sample_speed parts golden tests run_xl run_fp16 peer larger whole
 # golden_compiled. Results go to OUT (workdir/gpu unless set) as they come, at most eight files: a run that is cut off
 # leaves what it had. LIMIT: seconds in all (570); a stage for which none are left is left out. TINY=1 DEVICE=cpu shows on
 # a CPU that it runs.
@@ -20,9 +20,8 @@ SHALLOW="9 5"         # depths of the network of the fp16 run: less to compile
 FP16=fp16 BF16=bf16   # precisions
 SAMPLES=50
 NFE=10
-WITH_TRITON=,blocks-bf16-triton
 if [ -n "${TINY:-}" ]; then
-    CONFIG=benchmarks/tiny.py BATCH=4 STEPS=4 SHALLOW="3 3" FP16=no BF16=no SAMPLES=2 NFE=3 WITH_TRITON=
+    CONFIG=benchmarks/tiny.py BATCH=4 STEPS=4 SHALLOW="3 3" FP16=no BF16=no SAMPLES=2 NFE=3
 fi
 WORK=${WORK:-$(df --output=avail,target /dev/shm 2>/dev/null | awk 'NR == 2 && $1 > 30000000 {print $2}')}
 WORK=$(mktemp -d "${WORK:-/tmp}/dimr-gpu-XXXX")
@@ -61,15 +60,11 @@ speed() {  # speed TASK SECONDS ARGUMENTS...
 }
 
 train_speed() {
-    speed train 330 --batch="$BATCH" --losses=1 --variants="blocks-$BF16,released-$BF16$WITH_TRITON"
+    speed train 330 --batch="$BATCH" --losses=1 --variants="blocks-$BF16,released-$BF16"
 }
 
 sample_speed() {
-    speed sample 240 --batch="$SAMPLES" --steps="$NFE" --losses=1 --variants="blocks-$BF16,released-$BF16$WITH_TRITON"
-}
-
-kernels() {
-    stage results 60 $PYTHON benchmarks/kernels.py --rounds=10 --sizes="XL/2R, 64"
+    speed sample 240 --batch="$SAMPLES" --steps="$NFE" --losses=1 --variants="blocks-$BF16,released-$BF16"
 }
 
 peer() {  # DiT-XL/2, compiled
@@ -141,7 +136,6 @@ run_fp16() {  # fp16, a grid of samples, a checkpoint, resumed, a set of images
 first() {
     train_speed
     sample_speed
-    kernels
 }
 
 second() {

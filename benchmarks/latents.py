@@ -2,13 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/latents.py --workdir /tmp/latents_benchmark --out benchmarks/results/latents.md
 
-Needs 10 GB of disk in the working folder (reused if it is there) and about five minutes. Cold numbers need the right
-to drop the page cache (root); without it they are left out.
+Needs 10 GB of disk in the working folder (reused if it is there), about five minutes, and for its cold numbers the
+right to drop the page cache (root).
 """
 
 import argparse
 import os
-import platform
 import sys
 import time
 from itertools import islice
@@ -20,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import describe_run
+from benchmarks.random_latents import write_store
 from libs.data import StepBatches, make_loader, read_ahead
-from libs.latents import LatentStore, StoreWriter
 
 SHAPE = (8, 32, 32)
 N_RECORDS, BATCH, WORKERS = 20_000, 256, 2
@@ -45,33 +45,6 @@ class PickledFiles(Dataset):
 def collate_pairs(items):
     moments, labels = zip(*items, strict=True)
     return torch.from_numpy(np.stack(moments)), torch.tensor([int(label) for label in labels])
-
-
-def settings(n_records):
-    return {
-        "record_shape": SHAPE,
-        "dtype": "float16",
-        "resolution": 256,
-        "flips": False,
-        "crop": "adm-centre",
-        "autoencoder": {"sha256": "0" * 64, "scaling_factor": 0.18215},
-        "class_names": [str(label) for label in range(1000)],
-        "images_per_shard": 8192,
-        "source": {"kind": "benchmark", "n_images": n_records},
-    }
-
-
-def write_store(path, n_records, rng):
-    """A store of random numbers, if it is not there already."""
-    writer = StoreWriter(path, settings(n_records))
-    writer.begin()
-    if not writer.is_complete():
-        records = rng.standard_normal((8192, *SHAPE), dtype=np.float32).astype(np.float16)
-        for shard in range(writer.n_shards):
-            first, last = writer.image_range(shard)
-            writer.write_shard(shard, records[: last - first])
-        writer.finish(np.arange(n_records) % 1000)
-    return LatentStore(path)
 
 
 def write_pickled_files(folder, rng):
@@ -112,26 +85,9 @@ def drop_cache():
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def can_drop_cache() -> bool:
-    try:
-        drop_cache()
-    except OSError:
-        return False
-    return True
-
-
 def bytes_read():
     """Bytes this process and its finished children have read from storage."""
     return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"])
-
-
-def machine() -> str:
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-    return (
-        f"{cpu.split(':')[1].strip()}, {os.cpu_count()} cores, {int(memory.split()[1]) / 1e6:.0f} GB memory; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
-    )
 
 
 def main():
@@ -142,39 +98,32 @@ def main():
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    store = write_store(workdir / "store", N_RECORDS, rng)
+    moments = rng.standard_normal((8192, *SHAPE), dtype=np.float32).astype(np.float16)
+    autoencoder = {"sha256": "0" * 64, "scaling_factor": 0.18215}
+    store = write_store(workdir / "store", N_RECORDS, moments, autoencoder)
+    big = write_store(workdir / "big", BIG_RECORDS, moments, autoencoder)
     write_pickled_files(workdir / "pickled", rng)
 
-    ways = {
-        "pickled": lambda store, seed: pickled_loader(workdir / "pickled"),
-        "processes": lambda store, seed: make_loader(
-            store, SomeBatches(len(store), BATCH, seed), WORKERS, pin_memory=False
-        ),
-        "threads": lambda store, seed: read_ahead(store, SomeBatches(len(store), BATCH, seed), WORKERS),
-    }
+    ways = [  # pickled files; the store by worker processes, and by threads
+        lambda store, seed: pickled_loader(workdir / "pickled"),
+        lambda store, seed: make_loader(store, SomeBatches(len(store), BATCH, seed), WORKERS, pin_memory=False),
+        lambda store, seed: read_ahead(store, SomeBatches(len(store), BATCH, seed), WORKERS),
+    ]
     # The first pass fills the cache and is not counted.
-    rows = {
-        "warm": [[records_per_second(way(store, seed)) for seed in range(1 + REPEATS)][1:] for way in ways.values()]
-    }
-    amplification = "not measured, the page cache could not be dropped here"
-    if can_drop_cache():
-        big = write_store(workdir / "big", BIG_RECORDS, rng)
-        rows["cold, store of 8.2 GB"] = cold = [[] for _ in ways]
-        for seed in range(REPEATS):
-            for found, way in zip(cold, ways.values(), strict=True):
-                drop_cache()
-                found.append(records_per_second(way(big, seed)))
-        drop_cache()
-        before, n = bytes_read(), 1000
-        big.read(np.random.default_rng(1).permutation(len(big))[:n])
-        record = np.dtype(np.float16).itemsize * np.prod(SHAPE)
-        amplification = f"{(bytes_read() - before) / (n * record):.2f} bytes read from the disk per byte asked for"
+    warm = [[records_per_second(way(store, seed)) for seed in range(1 + REPEATS)][1:] for way in ways]
+    cold = [[] for _ in ways]
+    for seed in range(REPEATS):
+        for found, way in zip(cold, ways, strict=True):
+            drop_cache()
+            found.append(records_per_second(way(big, seed)))
+    drop_cache()
+    before, n = bytes_read(), 1000
+    big.read(np.random.default_rng(1).permutation(len(big))[:n])
+    amplification = (bytes_read() - before) / (n * moments[0].nbytes)
 
     text = f"""# Latents: reading
 
-    OMP_NUM_THREADS=1 python benchmarks/latents.py --out {args.out}
-
-{machine()}
+{describe_run()}
 
 {N_RECORDS:,} records of {SHAPE}, shuffled, batch {BATCH}: records per second, median of {REPEATS} passes.
 Pickled: one npy per image, read as by the released code with {WORKERS} worker processes. The store: with
@@ -183,11 +132,11 @@ Pickled: one npy per image, read as by the released code with {WORKERS} worker p
 | | pickled npy | store, processes | ratio | store, threads | ratio |
 |---|---|---|---|---|---|
 """
-    for name, results in rows.items():
+    for name, results in (("warm", warm), ("cold, store of 8.2 GB", cold)):
         pickled, processes, threads = map(np.median, results)
         text += f"| {name} | {pickled:,.0f} | {processes:,.0f} | {processes / pickled:.1f} "
         text += f"| {threads:,.0f} | {threads / pickled:.1f} |\n"
-    text += f"\nCold random records: {amplification}.\n"
+    text += f"\nCold random records: {amplification:.2f} bytes read from the disk per byte asked for.\n"
     print(text)
     Path(args.out).write_text(text)
 

@@ -2,16 +2,12 @@
 
     python benchmarks/metrics.py            # prints benchmarks/results/metrics.md
 
-Each score runs in a process of its own, so that its peak memory is its own (features included, 410 MB for 50,000). The
-Fréchet distance is checked against the eigenvalues of S1 S2 and, for fewer images than features, against the exact
-value without a matrix square root: tr (S1 S2)^½ is the sum of the singular values of X1 X2ᵀ / sqrt((n1 - 1) (n2 - 1)),
-X centered.
+Each score has a process, and so a peak memory, of its own (features included, 410 MB for 50,000). The Fréchet distance
+is checked against the eigenvalues of S1 S2 and, for fewer images than features, against the exact value: tr (S1 S2)^½
+is the sum of the singular values of X1 X2ᵀ / sqrt((n1 - 1) (n2 - 1)), X centered.
 """
 
-import argparse
 import multiprocessing
-import os
-import platform
 import resource
 import sys
 import time
@@ -22,7 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from benchmarks.machine import describe_run
 from libs import metrics
+
+N_SAMPLES, N_REFERENCE, DIM = 50_000, 10_000, 2048
 
 
 def features(n, d, seed, shift=0.0):
@@ -35,12 +34,12 @@ def timed(function, *args):
     return function(*args), time.perf_counter() - started
 
 
-def run_all(args):
+def run_all():
     spatial = metrics.GaussianStatistics()  # made while features are extracted; here both sides have the same
     spatial.update(features(4 * metrics.SPATIAL, metrics.SPATIAL, 3))
-    sides = [(args.n_reference, 0, 0.0), (args.n_samples, 1, 0.02)]
+    sides = [(N_REFERENCE, 0, 0.0), (N_SAMPLES, 1, 0.02)]
     reference, samples = (
-        metrics.SetFeatures(features(n, args.dim, seed, shift), features(n, 1008, 4 - 2 * seed), spatial)
+        metrics.SetFeatures(features(n, DIM, seed, shift), features(n, 1008, 4 - 2 * seed), spatial)
         for n, seed, shift in sides
     )
     statistics = reference.gaussians()  # ADM's files hold them
@@ -48,24 +47,24 @@ def run_all(args):
     return seconds, ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
-def run_precision_recall(args):
-    sides = features(args.n_reference, args.dim, 0), features(args.n_samples, args.dim, 1, 0.02)
+def run_precision_recall():
+    sides = features(N_REFERENCE, DIM, 0), features(N_SAMPLES, DIM, 1, 0.02)
     (precision, recall), seconds = timed(metrics.precision_recall, *sides)
     return seconds, f"precision {precision:.4f}, recall {recall:.4f}"
 
 
-def run_statistics(args):
-    return timed(metrics.gaussian_statistics, features(args.n_samples, args.dim, 1))[1], ""
+def run_statistics():
+    return timed(metrics.gaussian_statistics, features(N_SAMPLES, DIM, 1))[1], ""
 
 
-def run_inception_score(args):
-    value, seconds = timed(metrics.inception_score, features(args.n_samples, 1008, 1))
+def run_inception_score():
+    value, seconds = timed(metrics.inception_score, features(N_SAMPLES, 1008, 1))
     return seconds, f"{value:.4f}"
 
 
-def run_frechet(args, n1, n2, other):
-    scales = np.logspace(-2, 0, args.dim)  # of very different sizes, as an Inception network's features are
-    x1, x2 = (features(n, args.dim, i, i / 10).double().numpy() * scales for i, n in enumerate((n1, n2)))
+def run_frechet(n1, n2, other):
+    scales = np.logspace(-2, 0, DIM)  # of very different sizes, as an Inception network's features are
+    x1, x2 = (features(n, DIM, i, i / 10).double().numpy() * scales for i, n in enumerate((n1, n2)))
     (mu1, sigma1), (mu2, sigma2) = statistics = [metrics.gaussian_statistics(x) for x in (x1, x2)]
     found, seconds = timed(metrics.frechet_distance, *statistics[0], *statistics[1])
     if other == "exact":
@@ -77,18 +76,13 @@ def run_frechet(args, n1, n2, other):
     return seconds, f"{found:.9f}, {other} {expected:.9f}: relative difference {abs(found / expected - 1):.1e}"
 
 
-def measured(connection, function, arguments):
+def measured(function, *arguments):
     seconds, note = function(*arguments)
-    connection.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, note))
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, note
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n_reference", type=int, default=10_000)
-    parser.add_argument("--n_samples", type=int, default=50_000)
-    parser.add_argument("--dim", type=int, default=2048, help="features per image")
-    args = parser.parse_args()
-    n, m, d = args.n_samples, args.n_reference, args.dim
+    n, m, d = N_SAMPLES, N_REFERENCE, DIM
     cases = [
         (f"all five scores from the features of {n:,} images, reference of {m:,} and statistics", run_all),
         (f"precision and recall, {n:,} x {m:,}, {d} features", run_precision_recall),
@@ -98,19 +92,10 @@ def main():
         (f"Fréchet distance, {d}, rank {d // 2} and {d // 4}", run_frechet, d // 2 + 1, d // 4 + 1, "eigvals"),
         (f"Fréchet distance, {d}, rank {d // 2} and {d // 4}", run_frechet, d // 2 + 1, d // 4 + 1, "exact"),
     ]
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}\n\n"
-        "| score | seconds | peak memory, GB | result |\n|---|---|---|---|"
-    )
-    context = multiprocessing.get_context("spawn")
-    for name, function, *arguments in cases:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=measured, args=(sender, function, (args, *arguments)))
-        process.start()
-        sender.close()
-        seconds, peak, note = receiver.recv()
-        process.join()
+    print(f"{describe_run()}\n\n| score | seconds | peak memory, GB | result |\n|---|---|---|---|")
+    for name, *call in cases:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds, peak, note = pool.apply(measured, call)
         print(f"| {name} | {seconds:.1f} | {peak:.2f} | {note} |", flush=True)
 
 

@@ -2,18 +2,16 @@
 
     python benchmarks/parts.py --batch=64
 
-Matrix products of every shape (forward, and the two of backward), attention by each of PyTorch's backends, the
-convolutions as cuDNN's rules and as its search choose them, optimiser and average; beside the ceilings of a large
-product and a large copy. Takes half a minute. On a CPU (--device=cpu --batch=1) it only shows that it runs.
+Matmuls of every shape (forward, and the two of backward), attention by each of PyTorch's backends, the convolutions as
+cuDNN's rules and as its search choose them, optimizer and EMA; beside the ceilings of a large matmul and a large copy.
+Takes half a minute. On a CPU (--device=cpu --batch=1) it only shows that it runs.
 """
 
 import argparse
 import itertools
-import platform
-import shutil
-import statistics
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,15 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 import utils
-from benchmarks.speed import matmul_ceiling
+from benchmarks.machine import describe_run
+from benchmarks.speed import matmul_ceiling, wait
 from libs.autoencoder import SD_CONFIG
-from libs.depthwise import depthwise_conv, depthwise_gradients
 from libs.model import build_empty_network
 from libs.optim import clip_or_skip, make_adamw
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS, CELLS, COARSE = 257, 1024, 256
-PRODUCTS = [  # name, how many in a forward pass, rows per image, inputs, outputs
+MATMULS = [  # name, how many in a forward pass, rows per image, inputs, outputs
     ("qkv, heads of 64", 39, TOKENS, 960, 3072),
     ("out", 39, TOKENS, 1024, 960),
     ("gated MLP, in", 39, TOKENS, 960, 3840),
@@ -45,50 +43,30 @@ PRODUCTS = [  # name, how many in a forward pass, rows per image, inputs, output
     ("fine skip", 10, CELLS, 960, 480),
 ]
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-CALLS = 5  # timed together
 
 
-class Timer:
-    """Milliseconds per call, the median of a few rounds; the first warms up. On a GPU the host's time is not in it."""
-
-    def __init__(self, device):
-        self.on_gpu = device.type == "cuda"
-
-    def __call__(self, function, *args, rounds=6):
-        times = []
-        for number in range(rounds + 1 if self.on_gpu else 2):
-            if not self.on_gpu:
-                begun = time.perf_counter()
-                function(*args)
-                times.append(1e3 * (time.perf_counter() - begun))
-                continue
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if number:
-                torch.cuda._sleep(8_000_000)  # some 4 ms, in which the host queues the calls
-            begin.record()
-            for _ in range(CALLS):
-                function(*args)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / CALLS)
-        return statistics.median(times[1:])
+def timed(function, *args):
+    """Milliseconds per call: on a GPU the mean of calls that the host queues, after two that warm up."""
+    on_gpu = torch.cuda.is_available()
+    device, calls = (torch.device("cuda"), 30) if on_gpu else (torch.device("cpu"), 1)
+    for _ in range(2 * on_gpu):
+        function(*args)
+    wait(device)
+    begun = time.perf_counter()
+    for _ in range(calls):
+        function(*args)
+    wait(device)
+    return 1e3 * (time.perf_counter() - begun) / calls
 
 
 def say(*words):
     print(*words, flush=True)
 
 
-def facts(device):
-    say(f"python {platform.python_version()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
-    if device.type == "cuda":
-        say(torch.cuda.get_device_properties(device), f"{torch.cuda.mem_get_info()[0] / 1e9:.1f} GB free")
-    say({name: shutil.which(name) for name in ("gcc", "cc", "nvcc", "ptxas")})
-
-
-def products(batch, device, timed):
+def matmuls(batch, device):
     draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
     total, operations = 0.0, 0.0
-    for name, number, rows, inputs, outputs in PRODUCTS:
+    for name, number, rows, inputs, outputs in MATMULS:
         m = batch * rows
         x, w, g, bias = draw(m, inputs), draw(outputs, inputs), draw(m, outputs), draw(outputs)
         ms = [timed(F.linear, x, w, bias), timed(torch.mm, g, w), timed(torch.mm, g.T, x)]
@@ -96,23 +74,17 @@ def products(batch, device, timed):
         total, operations = total + number * sum(ms), operations + 3 * number * flops
         rates = ", ".join(f"{t:.3f} ms {flops / t / 1e9:.0f}" for t in ms)
         say(f"{name:20s} x{number:<3d} {m} x {inputs} -> {outputs}: {rates} TFLOP/s (forward, of input, of weights)")
-    say(f"all products of a training step: {total:.1f} ms, {operations / total / 1e9:.0f} TFLOP/s")
+    say(f"all matmuls of a training step: {total:.1f} ms, {operations / total / 1e9:.0f} TFLOP/s")
 
 
 def attend(backend, qkv):
     """Attention of (B, N, 3, heads, d) by a backend; None: as PyTorch chooses."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=60**-0.5)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend) if backend else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, scale=60**-0.5)
 
 
-def attend_and_back(backend, qkv, along):
-    return torch.autograd.grad(attend(backend, qkv), qkv, along)
-
-
-def attention(batch, device, timed):
+def attention(batch, device):
     draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
     for d in (64, 60):
         qkv, along = draw(batch, TOKENS, 3, 16, d, requires_grad=True), draw(batch, TOKENS, 16, d).transpose(1, 2)
@@ -121,7 +93,7 @@ def attention(batch, device, timed):
             try:
                 with torch.no_grad():
                     one = timed(attend, backend, qkv)
-                two = timed(attend_and_back, backend, qkv, along)
+                two = timed(lambda: torch.autograd.grad(attend(backend, qkv), qkv, along))  # noqa: B023
                 name = type(attend(backend, qkv).grad_fn).__name__
                 say(f"{title}: forward {one:.3f} ms, with backward {two:.3f}, x39 {39 * two:.1f} ms ({name})")
             except RuntimeError as error:
@@ -133,7 +105,7 @@ def gradients_of_attention(*leaves, along):
     return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, along.to(leaves[0].dtype))
 
 
-def attention_gradients(batch, device, timed):
+def attention_gradients(batch, device):
     """Each backend's against float32's: plain inputs, and logits all about -120, where cuDNN has been wrong."""
     for tokens, lowered in itertools.product((TOKENS, 65, 577, 1025, 192, 63), (0, 120)):
         parts = [torch.randn(2, 16, tokens, 64, device=device) for _ in range(4)]
@@ -154,42 +126,48 @@ def attention_gradients(batch, device, timed):
             say(f"{title}: off by {', '.join(off)} (q, k, v); {bad} numbers not finite")
 
 
-def gradients_of_head(grad, image, weight):
+def gradients_of_convolution(grad, x, weight, groups=1, of_x=True, of_weight=True):
+    padding = [weight.shape[-1] // 2] * 2
     return torch.ops.aten.convolution_backward(
-        grad, image, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], groups, [of_x, of_weight, False]
     )
 
 
-def convolutions(batch, device, timed):
+def convolutions(batch, device):
     draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
-    x, grad, weight = draw(batch, 32, 32, 480), draw(batch, 32, 32, 480), draw(480, 1, 7, 7) / 7
-    image, small, head, patch = x.permute(0, 3, 1, 2), draw(batch, 4, 32, 32), draw(4, 480, 3, 3), draw(480, 4, 1, 1)
+    image, grad = (draw(batch, 32, 32, 480).permute(0, 3, 1, 2) for _ in range(2))
+    depthwise, head, patch, small = (
+        draw(480, 1, 7, 7) / 7,
+        draw(4, 480, 3, 3),
+        draw(480, 4, 1, 1),
+        draw(batch, 4, 32, 32),
+    )
     for search in (False, True):
         torch.backends.cudnn.benchmark = search
         ms = [
-            timed(depthwise_conv, x, weight),
-            timed(depthwise_gradients, grad, x, weight, True, False),
-            timed(depthwise_gradients, grad, x, weight, False, True),
+            timed(partial(F.conv2d, padding=3, groups=480), image, depthwise),
+            timed(gradients_of_convolution, grad, image, depthwise, 480, True, False),
+            timed(gradients_of_convolution, grad, image, depthwise, 480, False, True),
         ]
         say(
             f"depthwise, cuDNN's {'search' if search else 'rules'}: forward {ms[0]:.3f}, of input {ms[1]:.3f}, of "
             f"weights {ms[2]:.3f} ms, x21 {21 * sum(ms):.1f} ms"
         )
-        ms = [timed(partial(F.conv2d, padding=1), image, head), timed(gradients_of_head, small, image, head)]
+        ms = [timed(partial(F.conv2d, padding=1), image, head), timed(gradients_of_convolution, small, image, head)]
         ms.append(timed(F.conv2d, small, patch))
         say(f"head 480 -> 4: forward {ms[0]:.3f}, gradients {ms[1]:.3f} ms; patches 4 -> 480: {ms[2]:.3f} ms")
     torch.backends.cudnn.benchmark = False
 
 
-def decoding(batch, device, timed):
+def decoding(batch, device):
     decoder = AutoencoderKL(**SD_CONFIG).to(device)
     latents = torch.randn(batch, 4, 32, 32, device=device)
     with torch.no_grad():
-        ms = timed(decoder.decode, latents, rounds=1)
+        ms = timed(decoder.decode, latents)
     say(f"Stable Diffusion's decoder, {batch} images of 256x256, float32 (TF32): {ms:.0f} ms")
 
 
-def memory_and_optimizer(batch, device, timed):
+def memory_and_optimizer(batch, device):
     config = utils.load_config(ROOT / "configs/DiMR-XL-2R_imagenet256.py")
     if device.type == "cpu":  # only to see that it runs
         for stage in config.nnet.stages:
@@ -208,24 +186,20 @@ def memory_and_optimizer(batch, device, timed):
     optimizer, skipped = make_adamw(nnet, 1e-4, (0.99, 0.99), 0.03), torch.zeros(2, device=device)
     norm, step = timed(clip_or_skip, optimizer, 0.0, skipped), timed(optimizer.step)
     averaging = timed(torch._foreach_lerp_, average, weights, 1e-4)
-    say(f"gradient norm {norm:.2f}, AdamW {step:.2f}, average {averaging:.2f} ms")
+    say(f"gradient norm {norm:.2f}, AdamW {step:.2f}, EMA {averaging:.2f} ms")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", help="these parts, by their functions' names, separated by commas")
     args = parser.parse_args()
     device = torch.device(args.device)
-    timed = Timer(device)
-    facts(device)
-    say(f"ceiling: a large bf16 product {matmul_ceiling(device, torch.bfloat16) / 1e12:.3g} TFLOP/s")
-    for part in (attention, attention_gradients, products, convolutions, decoding, memory_and_optimizer):
-        if args.only and part.__name__ not in args.only.split(","):
-            continue
+    say(f"{describe_run()}; cuDNN {torch.backends.cudnn.version()}")
+    say(f"ceiling: a large bf16 matmul {matmul_ceiling(device, torch.bfloat16) / 1e12:.3g} TFLOP/s")
+    for part in (attention, attention_gradients, matmuls, convolutions, decoding, memory_and_optimizer):
         try:
-            part(args.batch, device, timed)
+            part(args.batch, device)
         except RuntimeError as error:  # the other parts all the same
             say(f"{part.__name__}: {type(error).__name__}: {error}")
 

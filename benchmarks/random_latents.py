@@ -1,6 +1,6 @@
 """An untrained autoencoder and random latents, to run a recipe where there is neither data nor weights.
 
-    python benchmarks/random_latents.py FOLDER [--records 4096] [--classes 1000] [--tiny]
+    python benchmarks/random_latents.py FOLDER [--records 4096] [--tiny]
 
 writes FOLDER/autoencoder (Stable Diffusion's architecture, weights as PyTorch begins; --tiny: a small one) and
 FOLDER/latents (moments of 32x32 cells in float16, made with it as far as training can tell).
@@ -17,37 +17,46 @@ from diffusers import AutoencoderKL
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import SD_CONFIG, load_autoencoder
-from libs.latents import StoreWriter
+from libs.latents import LatentStore, StoreWriter
+
+
+def write_store(folder, n_records, moments, autoencoder):
+    """Write a store of 1000 classes whose shards are all `moments` (n, 8, 32, 32) float16, unless it is there."""
+    settings = {
+        "record_shape": moments.shape[1:],
+        "dtype": "float16",
+        "resolution": 256,
+        "flips": False,
+        "crop": "none",
+        "autoencoder": autoencoder,
+        "class_names": [str(label) for label in range(1000)],
+        "images_per_shard": len(moments),
+        "source": {"kind": "random", "n_images": n_records},
+    }
+    writer = StoreWriter(folder, settings)
+    writer.begin()
+    if not writer.is_complete():
+        for shard in range(writer.n_shards):
+            first, last = writer.image_range(shard)
+            writer.write_shard(shard, moments[: last - first])
+        writer.finish(np.arange(n_records) % 1000)
+    return LatentStore.open(folder)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, default=4096)
-    parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     settings = {**SD_CONFIG, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4} if args.tiny else SD_CONFIG
     AutoencoderKL(**settings).half().save_pretrained(args.folder / "autoencoder")
-    settings = {
-        "record_shape": (8, 32, 32),
-        "dtype": "float16",
-        "resolution": 256,
-        "flips": False,
-        "crop": "none",
-        "autoencoder": load_autoencoder(args.folder / "autoencoder").identity,
-        "class_names": [str(label) for label in range(args.classes)],
-        "images_per_shard": args.records,
-        "source": {"kind": "random", "n_images": args.records},
-    }
-    writer = StoreWriter(args.folder / "latents", settings)
-    writer.begin()
     moments = np.random.default_rng(0).standard_normal((args.records, 8, 32, 32), dtype=np.float32)
     moments[:, :4] /= SD_CONFIG["scaling_factor"]  # means of latents of deviation 1
     moments[:, 4:] -= 12  # log-variances as small as they are
-    writer.write_shard(0, moments)
-    writer.finish(np.arange(args.records) % args.classes)
+    identity = load_autoencoder(args.folder / "autoencoder").identity
+    write_store(args.folder / "latents", args.records, moments.astype(np.float16), identity)
 
 
 if __name__ == "__main__":

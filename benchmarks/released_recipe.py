@@ -1,9 +1,8 @@
 """The released code's way of computing a DiMR, as a baseline: the same numbers by its recipe, in own words.
 
-Every block is computed again in the backward pass; norms make a float32 round trip and are left to automatic
-differentiation, as convolutions are; the time-dependent vectors are computed for all modules by a Python loop before
-the network runs, and kept on the modules; queries, keys and values are cast to float32; guidance takes two passes; the
-host waits every step.
+Activation checkpointing of every block; norms that make a float32 round trip; time-dependent vectors computed for all
+modules by a Python loop and kept on them; queries, keys and values in float32; guidance in two passes; the host waits
+at every step.
 """
 
 import copy

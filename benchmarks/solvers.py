@@ -3,23 +3,18 @@
     python benchmarks/solvers.py            # benchmarks/results/solvers.png and solvers.md; a minute or two
     python benchmarks/solvers.py --digits workdir/quickstart/train/ckpts/2000.ckpt     # solvers_digits.png and .md
 
-Exact: the data are four Gaussians in the plane, of different weights and widths, whose noise prediction is known in
-closed form, so that solvers are judged without a network's error. All start from the same noise at t_end and end at
-t_start.
+Exact: four Gaussians in the plane, whose noise prediction is known in closed form. All solvers take the same noise.
 
-- rms: root mean square distance to where the exact probability-flow ODE takes the same noise (the released solver with
-  an NFE of 6,000, uniform in lambda). An ancestral sampler has no such end.
-- W1: Wasserstein-1 distance of the samples to those exact ones, mean over the two coordinates. The noise of ddpm is its
-  own: it cannot come closer than an independent exact sample, whose distance is given as the floor.
+- rms: root mean square distance to where the exact probability-flow ODE ends (the released solver with an NFE of 6,000,
+  uniform in lambda). An ancestral sampler has no such end.
+- W1: Wasserstein-1 distance to those exact samples, mean over the two coordinates. The noise of ddpm is its own: it
+  cannot come closer than an independent exact sample, whose distance is the floor.
 
-Digits: configs/digits.py with its guidance and the weights that scripts/quickstart.sh trains. The reference is the
-released solver with a large NFE, uniform in lambda, in float32; the second-order multistep solver with the same NFE
-ends at the distance given as the floor. Distances are root mean squares relative to that of the latents.
+Digits: configs/digits.py with its guidance. The reference is the released solver with a large NFE, uniform in lambda;
+the floor is the distance of the second-order multistep solver with the same NFE. Relative to the rms of the latents.
 """
 
 import argparse
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -32,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import sde
 import utils
+from benchmarks.machine import describe_run
 from libs.model import Model
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, dpm_solver_multistep, dpm_solver_singlestep, lambda_times, uniform_times
@@ -45,13 +41,12 @@ STDS = torch.tensor([0.3, 0.15, 0.25, 0.1], dtype=torch.float64)
 EXACT_NFE = (5, 7, 10, 14, 20, 30, 50, 80, 120, 180, 250)
 DIGITS_NFE = (4, 6, 8, 10, 14, 20, 30, 50, 80)
 DIGITS_REFERENCE = 402  # NFE
+N_POINTS, N_DIGITS = 5000, 50
 
 # Solvers for every schedule; the multistep ones also on the times of the released sampler.
 COMPARED = {name: solver for name, solver in SOLVERS.items() if not solver.continuous}
 COMPARED["2m, uniform t"] = lambda f, s, x, n, draw: dpm_solver_multistep(f, s, x, uniform_times(s, n), 2)
 COMPARED["3m, uniform t"] = lambda f, s, x, n, draw: dpm_solver_multistep(f, s, x, uniform_times(s, n), 3)
-
-# An error curve is {NFE: error}.
 
 
 def mixture_noise_model(schedule):
@@ -81,10 +76,10 @@ def independent_sample(schedule, n, generator):
     return schedule.add_noise(x0, torch.randn(n, 2, dtype=torch.float64, generator=generator), t.expand(n))
 
 
-def exact_errors(schedule, n_points):
-    """Measure one schedule: {solver: curve of rms}, {solver: curve of W1}, and the floor of W1."""
+def exact_errors(schedule):
+    """Measure one schedule: {solver: curve of rms}, {solver: curve of W1}, each {NFE: error}, and the floor of W1."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n_points, 2, dtype=torch.float64, generator=generator)
+    x = torch.randn(N_POINTS, 2, dtype=torch.float64, generator=generator)
     model = mixture_noise_model(schedule)
     exact = dpm_solver_singlestep(model, schedule, x, lambda_times(schedule, 6000), [3] * 2000)
     rms, w1 = {}, {name: {} for name in COMPARED}
@@ -94,17 +89,17 @@ def exact_errors(schedule, n_points):
             w1[name][n] = wasserstein(found, exact)
             if name != "ddpm":
                 rms.setdefault(name, {})[n] = (found - exact).square().sum(1).mean().sqrt().item()
-    floor = np.mean([wasserstein(independent_sample(schedule, n_points, generator), exact) for _ in range(20)])
+    floor = np.mean([wasserstein(independent_sample(schedule, N_POINTS, generator), exact) for _ in range(20)])
     return rms, w1, floor
 
 
 @torch.no_grad()
-def digits_errors(weights, n_images):
-    """Measure the digits model: {solver: curve}, and the distance of two references."""
+def report_digits(weights):
+    """Measure the digits model: text and figure."""
     config = utils.load_config(utils.ROOT / "configs" / "digits.py")
     schedule, nnet = sde.get_schedule(config.schedule), Model.open(weights, config).nnet
-    labels = torch.arange(n_images) % config.dataset.n_classes
-    noise = SampleNoise(range(n_images), config.seed, tuple(config.z_shape), torch.device("cpu"))
+    labels = torch.arange(N_DIGITS) % config.dataset.n_classes
+    noise = SampleNoise(range(N_DIGITS), config.seed, tuple(config.z_shape), torch.device("cpu"))
     x, sample = noise.draw(), config.sample
     model = sde.guided_noise_model(nnet, schedule, labels, nnet.null_label, sample.scale, sample.scale_pow)
     times = lambda_times(schedule, DIGITS_REFERENCE)
@@ -118,7 +113,16 @@ def digits_errors(weights, n_images):
         for name, solver in COMPARED.items()
         if name != "ddpm"  # whose end is another for every noise it draws
     }
-    return curves, error(dpm_solver_multistep(model, schedule, x, times, 2))
+    floor = error(dpm_solver_multistep(model, schedule, x, times, 2))
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    draw(axes, curves, floor, xlabel="NFE", ylabel="distance to the reference / size of latents")
+    axes.legend(fontsize=8)
+    text = (
+        f"{N_DIGITS} digits, the guidance of configs/digits.py; reference: the released solver with an NFE of "
+        f"{DIGITS_REFERENCE}.\nTwo references are {floor:.1e} apart (grey line): no distance below that is known.\n\n"
+    )
+    rows = [(name, {n: f"{error:.1e}" for n, error in curve.items()}) for name, curve in curves.items()]
+    return text + table((6, 10, 20, 50, 80), rows), figure
 
 
 def draw(axes, curves, floor, **labels):
@@ -139,15 +143,15 @@ def table(columns, rows):
     return "\n".join(lines + [f"| {name} | {' | '.join(cells[n] for n in columns)} |" for name, cells in rows]) + "\n"
 
 
-def report_exact(n_points):
+def report_exact():
     """Measure all schedules: text and figure."""
     figure, axes = plt.subplots(2, len(sde.SCHEDULES), figsize=(4.6 * len(sde.SCHEDULES), 7.5), sharey="row")
     text = (
-        f"{n_points:,} points. rms: distance to where the exact ODE takes the same noise. W1: distance to its "
+        f"{N_POINTS:,} points. rms: distance to where the exact ODE takes the same noise. W1: distance to its "
         "distribution\n(grey line: the floor for ddpm, whose noise is its own). Columns: NFE.\n"
     )
     for (above, below), schedule in zip(axes.T, sde.SCHEDULES, strict=True):
-        rms, w1, floor = exact_errors(sde.get_schedule(schedule), n_points)
+        rms, w1, floor = exact_errors(sde.get_schedule(schedule))
         draw(above, rms, None, title=f"schedule {schedule}", ylabel="rms distance to the exact ODE", ylim=(1e-7, 10))
         draw(below, w1, floor, xlabel="NFE", ylabel="Wasserstein-1 distance")
         cells = {
@@ -160,41 +164,20 @@ def report_exact(n_points):
     return text, figure
 
 
-def report_digits(weights, n_images):
-    """Measure the digits model: text and figure."""
-    curves, floor = digits_errors(weights, n_images)
-    figure, axes = plt.subplots(figsize=(6.4, 4.8))
-    draw(axes, curves, floor, xlabel="NFE", ylabel="distance to the reference / size of latents")
-    axes.legend(fontsize=8)
-    text = (
-        f"{n_images} digits, the guidance of configs/digits.py; reference: the released solver with an NFE of "
-        f"{DIGITS_REFERENCE}.\nTwo references are {floor:.1e} apart (grey line): no distance below that is known.\n\n"
-    )
-    rows = [(name, {n: f"{error:.1e}" for n, error in curve.items()}) for name, curve in curves.items()]
-    return text + table((6, 10, 20, 50, 80), rows), figure
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n_points", type=int, default=5000)
     parser.add_argument("--digits", metavar="WEIGHTS", help="checkpoint of the digits model: solvers_digits.* only")
-    parser.add_argument("--n_images", type=int, default=50, help="digits")
-    parser.add_argument("--out", type=Path, default="benchmarks/results", help="folder for the picture and the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    text, figure = report_digits(args.digits, args.n_images) if args.digits else report_exact(args.n_points)
-    name = "solvers_digits" if args.digits else "solvers"
-    title = "the trained digits model" if args.digits else "an exact mixture of Gaussians"
-    head = (
-        f"# Solvers on {title}\n\n{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
-        f"torch {torch.__version__}; `{' '.join(['python benchmarks/solvers.py', *sys.argv[1:]])}`, "
-        f"{time.perf_counter() - started:.0f} s.\n\n![Error against NFE]({name}.png)\n\n"
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
+    text, figure = report_digits(args.digits) if args.digits else report_exact()
+    name, title = ("solvers_digits", "digits") if args.digits else ("solvers", "an exact mixture of Gaussians")
+    seconds = f"{time.perf_counter() - started:.0f} s"
+    head = f"# Solvers on {title}\n\n{describe_run()}, {seconds}.\n\n![Error against NFE]({name}.png)\n\n"
+    out = utils.ROOT / "benchmarks" / "results" / name
     figure.tight_layout()
-    figure.savefig(args.out / f"{name}.png", dpi=110)
-    (args.out / f"{name}.md").write_text(head + text)
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+    out.with_suffix(".md").write_text(head + text)
     print(head + text)
 
 

@@ -7,7 +7,6 @@ Checkpoints and grids, which come every few hundred steps, are left out. Needs t
 scripts/quickstart.sh makes, and about five minutes on one idle CPU core.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from libs.randomness import step_draws
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW, WARM_UP = 10, 1  # steps per reading of the clock (the log interval); readings left out at the start of a turn
+TURNS, STEPS = 12, 50  # of either loop; per turn
 
 
 def real_turn(config, workdir):
@@ -65,18 +65,13 @@ def bare_turn(config):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--store", default=str(ROOT / "workdir/quickstart/latents"), help="latents of the digits")
-    parser.add_argument("--turns", type=int, default=12, help="of either loop")
-    parser.add_argument("--steps", type=int, default=50, help="per turn")
-    args = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     config = utils.load_config(ROOT / "configs/digits.py")
-    config.dataset.path = args.store
-    config.train.update(n_steps=args.steps, save_interval=0, eval_interval=0, log_interval=WINDOW)
+    config.dataset.path = str(ROOT / "workdir/quickstart/latents")
+    config.train.update(n_steps=STEPS, save_interval=0, eval_interval=0, log_interval=WINDOW)
     real, bare = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(args.turns):
+        for turn in range(TURNS):
             real.append(real_turn(config, Path(folder) / f"run-{turn}"))
             bare.append(bare_turn(config))
             print(

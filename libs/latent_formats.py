@@ -92,7 +92,9 @@ class LightningDiTFolder:
                     raise ValueError(f"found latents {latents}, latents_flip {flipped}, labels {labels}; first {first}")
             self.starts.append(self.starts[-1] + latents[1])
         if not len(self):
-            raise UserError(f"{folder} should hold LightningDiT's .safetensors shards; found {len(self.files)} empty")
+            raise UserError(
+                f"{folder} should hold LightningDiT's .safetensors shards; found no record in {len(self.files)}"
+            )
 
     def __len__(self) -> int:
         return self.starts[-1]

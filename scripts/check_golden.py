@@ -2,11 +2,10 @@
 
     python scripts/check_golden.py FILE.safetensors [FILE ...] [--compile whole] [--precision bf16] [--device cuda]
 
-Three kinds of file, known by their contents: model files (weights, outputs, losses, gradients, a small fit, guided
-samples), solver files (schedule/*, fast3/*) and SDE files (vpsde/*, em/*, guidance/*, targets/*). Prints, per file and
-group, the largest relative error max |a - b| / max |b| over the group's tensors. Exits with status 1 if one is above
-its tolerance: 1e-5; 5e-5 for samplers, whose many steps add up; 1e-4 for compiled networks and on a GPU. In 16 bits the
-errors are printed and not judged.
+A file holds a model (weights, outputs, losses, gradients, a small fit, guided samples) or results of schedules, solvers
+and guidance. Prints the largest relative error max |a - b| / max |b| of each group of tensors. Exits with status 1 if
+one is above its tolerance: 1e-5; 5e-5 for samplers, whose many steps add up; 1e-4 for compiled networks and on a GPU.
+In 16 bits the errors are printed only.
 """
 
 import argparse
@@ -28,6 +27,7 @@ import sde
 from libs.checkpoint import load_weights, released_name
 from libs.compilation import compile_network
 from libs.dimr import DiMR, StageSpec
+from libs.model import AUTOCAST
 from libs.optim import EMA, make_adamw, set_lr, warmup_lr
 from libs.solvers import dpm_solver_fast
 
@@ -35,22 +35,20 @@ TOLERANCE = 1e-5
 SAMPLER_TOLERANCE = 5e-5
 SAMPLER_GROUPS = {"guided samples", "solver", "Euler-Maruyama"}
 OTHER_TOLERANCE = 1e-4  # another compiler or device rounds differently
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Comparison = tuple[str, Tensor, Tensor]  # group, ours, golden
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the network is computed: `compile` as of compile_network, `precision` a key of PRECISIONS."""
+    """How the network is computed: `compile` as of compile_network, `precision` as accelerate's mixed_precision."""
 
     compile: str = "off"
     precision: str = "no"
     device: str = "cpu"
 
     def autocast(self) -> AbstractContextManager:
-        dtype = PRECISIONS[self.precision]
-        return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
+        return torch.autocast(self.device, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
 
     def tolerance(self, group: str) -> float:
         """Get the largest relative error that is accepted in a group."""
@@ -96,7 +94,7 @@ def load_golden_model(golden: dict[str, Tensor], metadata: dict[str, str]) -> Di
     return model
 
 
-def check_model(golden: dict[str, Tensor], metadata: dict[str, str], way: Way = PLAIN) -> Iterator[Comparison]:
+def check_model(golden: dict[str, Tensor], metadata: dict[str, str], way: Way) -> Iterator[Comparison]:
     """Compare everything in a model file, through the parts that train.py and eval.py use."""
     golden = {name: tensor.to(way.device) for name, tensor in golden.items()}
     x, y, t = golden["x"], golden["y"], golden["log_snr"] / 4
@@ -174,10 +172,10 @@ def stand_in_noise_model(x: Tensor, t: float) -> Tensor:
     return 0.7 * torch.sin(3 * x + 5 * t) + 0.3 * x
 
 
-def check_solver(golden: dict[str, Tensor], metadata: dict[str, str], way: Way) -> Iterator[Comparison]:
-    schedule = sde.DiscreteSchedule()
+def check_formulas(golden: dict[str, Tensor], metadata: dict[str, str], way: Way) -> Iterator[Comparison]:
+    """Compare everything in a file without a network."""
     if "schedule/t" in golden:
-        t, lam = golden["schedule/t"].double(), golden["schedule/lambda"]
+        schedule, t, lam = sde.DiscreteSchedule(), golden["schedule/t"].double(), golden["schedule/lambda"]
         yield "schedule", schedule.log_alpha(t), golden["schedule/log_alpha"]
         yield "schedule", schedule.sigma(t), golden["schedule/sigma"]
         yield "schedule", schedule.lambda_(t), lam
@@ -190,20 +188,15 @@ def check_solver(golden: dict[str, Tensor], metadata: dict[str, str], way: Way) 
                 times.append(t)
                 return stand_in_noise_model(x, t)
 
-            x = dpm_solver_fast(noise_model, schedule, golden["x_init"], int(match[2]), order=int(match[1]))
-            yield "solver", x, expected
+            order, steps, schedule = int(match[1]), int(match[2]), sde.DiscreteSchedule()
+            yield "solver", dpm_solver_fast(noise_model, schedule, golden["x_init"], steps, order), expected
             yield "solver", torch.tensor(times), golden[key.removesuffix("x") + "times"]
-
-
-def check_sde(golden: dict[str, Tensor], metadata: dict[str, str], way: Way) -> Iterator[Comparison]:
-    for key, expected in golden.items():
         if match := re.fullmatch(r"(vpsde|vpsde_cosine)/(\w+)", key):
             schedule, t = sde.get_schedule(match[1]), golden[f"{match[1]}/t"].double()
             if match[2] == "cum_beta":
                 yield "SDE", schedule.sigma(t).square(), expected
             elif match[2] != "t":
                 yield "SDE", getattr(schedule, match[2].replace("cum_alpha", "alpha_bar"))(t), expected
-    for key, expected in golden.items():
         if match := re.fullmatch(r"em/(vpsde|vpsde_cosine)_(sde|ode)_(\d+)", key):
             schedule = sde.get_schedule(match[1])
 
@@ -227,12 +220,7 @@ def check_file(path: str | Path, way: Way = PLAIN) -> dict[str, float]:
     with safe_open(path, "pt") as file:
         golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = file.metadata() or {}
-    if any(key.startswith("state/") for key in golden):
-        check = check_model
-    elif any(key.startswith(("schedule/", "fast")) for key in golden):
-        check = check_solver
-    else:
-        check = check_sde
+    check = check_model if any(key.startswith("state/") for key in golden) else check_formulas
     errors = {}
     for group, ours, expected in check(golden, metadata, way):
         errors[group] = max(errors.get(group, 0.0), relative_error(ours, expected))
@@ -243,7 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="golden .safetensors files")
     parser.add_argument("--compile", default="off", choices=["whole", "blocks", "off"], help="as config.train.compile")
-    parser.add_argument("--precision", default="no", choices=PRECISIONS, help="of the network, by autocast")
+    parser.add_argument("--precision", default="no", choices=["no", *AUTOCAST], help="of the network, by autocast")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, on a GPU too
@@ -255,11 +243,11 @@ def main() -> int:
         if not errors:
             sys.exit(f"error: {path} holds none of the known golden groups")
         for group, error in errors.items():
-            ok = error <= way.tolerance(group)
-            failures += not ok
-            verdict = "not judged" if way.precision != "no" else "ok" if ok else f"ABOVE {way.tolerance(group):.0e}"
-            print(f"  {group:16s} {error:9.2e}  {verdict}")
-    print(f"{failures} failed" if failures else "all groups within tolerance" if way.precision == "no" else "done")
+            above = error > way.tolerance(group)
+            failures += above
+            print(f"  {group:16s} {error:9.2e}" + (f"  ABOVE {way.tolerance(group):.0e}" if above else ""))
+    judged = "not judged" if way.precision != "no" else "all groups within tolerance"
+    print(f"{failures} failed" if failures else judged)
     return 1 if failures else 0
 
 

@@ -40,21 +40,18 @@ def open_images(args: argparse.Namespace) -> tuple[int, Iterator[torch.Tensor]]:
         raise UserError("a folder of images needs --resolution, the size they are cropped to")
     tree = ImageTree(args.images)
     batches = ImageBatches(tree, batch_ranges(0, len(tree), args.batch_size), args.resolution)
-    return len(tree), map(refuse_unreadable, DataLoader(batches, batch_size=None, num_workers=args.workers))
 
+    def readable() -> Iterator[torch.Tensor]:
+        for images, unreadable in DataLoader(batches, batch_size=None, num_workers=args.workers):
+            if unreadable:
+                raise UserError(f"an image cannot be read: {unreadable[0][1]}. Replace or remove it")
+            yield images
 
-def refuse_unreadable(batch: tuple[torch.Tensor, list]) -> torch.Tensor:
-    """Return the images of a batch. Raise UserError if one could not be read."""
-    images, unreadable = batch
-    if unreadable:
-        raise UserError(f"an image cannot be read: {unreadable[0][1]}. Replace or remove it")
-    return images
+    return len(tree), readable()
 
 
 def compute(args: argparse.Namespace) -> None:
     """Write the statistics of `args.images` to `args.out`. Raises UserError, OSError."""
-    if args.batch_size < 1 or args.workers < 0:
-        raise UserError("--batch_size must be at least 1, --workers at least 0")
     check_writable(args.out)
     n_images, batches = open_images(args)
     if n_images < 2:

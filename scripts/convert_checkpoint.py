@@ -9,10 +9,9 @@ weights), a pipeline folder, or hf://OWNER/REPOSITORY/FILE. OUT decides what is 
     NAME.pth           a plain state dict in the released names
     a new folder       a pipeline for libs/pipeline.py, with the autoencoder and the class names
 
-Beside the first and in the last is a short model card, README.md. Tensors stay as they are, to the bit, in whatever
-precision they are stored. The config is --config, or else what was saved with the weights: inside a .safetensors, in a
-checkpoint's state.json or a pipeline's model_index.json. For the released files it is DiMR-XL-2R_imagenet256.py or
-DiMR-G-2R_imagenet256.py of configs/.
+Beside the first and in the last is a short model card, README.md. Tensors stay as they are, to the bit. The config is
+--config, or else what was saved with the weights; for the released files give configs/DiMR-XL-2R_imagenet256.py or
+configs/DiMR-G-2R_imagenet256.py.
 """
 
 import argparse
@@ -82,9 +81,9 @@ def write_card(folder: Path, name: str, state: dict[str, Tensor], file: Path, co
     if card.exists():
         print(f"{card} is kept as it is")
         return
-    parameters, step = sum(tensor.numel() for tensor in state.values()), training_step(file)
-    values = {"source": file.name, "sha256": file_digest(file), "config": config}
-    card.write_text(CARD.format(name=name, parameters=parameters, step=step or "unknown", **values))
+    parameters, step = sum(tensor.numel() for tensor in state.values()), training_step(file) or "unknown"
+    values = {"name": name, "parameters": parameters, "step": step, "source": file.name, "config": config}
+    card.write_text(CARD.format(sha256=file_digest(file), **values))
 
 
 def convert(weights: str, out: Path, config_path: str | None = None) -> None:
@@ -97,11 +96,8 @@ def convert(weights: str, out: Path, config_path: str | None = None) -> None:
     pipe = None if is_file else build_pipeline(nnet, state, config, file)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
-        settings = {
-            "config": config_json(config),
-            "step": training_step(file),
-            "class_names": class_names(config, file),
-        }
+        names = class_names(config, file)
+        settings = {"config": config_json(config), "step": training_step(file), "class_names": names}
         write_safetensors(state, out, settings_metadata(settings), "OUT")
         write_card(out.parent, out.stem, state, file, f"the metadata of {out.name}")
     elif is_file:

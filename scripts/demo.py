@@ -15,9 +15,8 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,17 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs import UserError
 from libs.launch import errors_in_one_line
-from libs.model import Model, class_label, find_classes
-from scripts.sample import class_caption, draw_samples, open_model, trajectory_sheet, with_settings
+from libs.model import Model
+from scripts.sample import draw_samples, open_model, trajectory_sheet, with_settings
 
 if TYPE_CHECKING:
     import gradio as gr
 
 HOST = "127.0.0.1"
-MOST_OFFERED = 12  # classes that a search offers
-MOST_SAMPLES = 64
-MOST_STEPS = 1000
-MOST_SEED = 2**53 - 1  # the largest whole number that a browser writes exactly
 
 # Pictures may be a few pixels wide: enlarged without smoothing. Frames fit what is in them, in a narrow window too.
 CSS = """
@@ -47,48 +42,12 @@ CSS = """
 #samples .grid-wrap {min-height: 0 !important}
 #samples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
 #sheet {padding-top: 30px !important}
-#classes .wrap {max-height: 15em; overflow-y: auto}
 """
 
 
-def offered(word: str, names: Sequence[str]) -> list[int]:
-    """Return labels that a search offers, likeliest first; the null label is found as "no class"."""
-    return find_classes(word, [*names, class_caption(len(names), names)])[:MOST_OFFERED]
-
-
-def caption(label: int, names: Sequence[str]) -> str:
-    """Write a class as the page does: its name and, where that is another, its number."""
-    name = [*names, class_caption(len(names), names)][label]
-    return name if name == str(label) else f"{name} ({label})"
-
-
-def chosen(word: str, marked: int | None, names: Sequence[str]) -> int:
-    """Return the label marked among those that `word` offers, or else the first of them."""
-    found = offered(word, names)
-    if marked in found:
-        return marked
-    return found[0] if found else class_label(word, names)  # which says what comes close
-
-
-def whole(value: object, name: str, least: int, most: int) -> int:
-    """Return a field's whole number. Raises UserError, naming the field, for anything else."""
-    if not isinstance(value, Real) or not float(value).is_integer() or not least <= value <= most:
-        found = "nothing" if value is None else repr(value)
-        raise UserError(f"the {name} must be a whole number from {least} to {most}; found {found}")
-    return int(value)
-
-
-def checked(
-    model: Model, word: str, marked: int | None, seed: object, scale: object, steps: object, n_samples: object
-) -> tuple[Model, list[int]]:
-    """Turn the page's fields into the model with these settings, and a label for each sample."""
-    label = chosen(word, marked, model.class_names)
-    n_samples = whole(n_samples, "number of samples", 1, MOST_SAMPLES)
-    seed = whole(seed, "seed", 0, MOST_SEED)
-    steps = whole(steps, "number of steps", 1, MOST_STEPS)
-    if not isinstance(scale, Real):
-        raise UserError("the guidance scale must be a number")
-    return with_settings(model, seed, float(scale), steps), [label] * n_samples
+def class_choices(names: list[str]) -> list[tuple[str, int]]:
+    """List what the page offers: (name and, where that is another, number; label), the null label last."""
+    return [(n if n == str(label) else f"{n} ({label})", label) for label, n in enumerate([*names, "no class"])]
 
 
 @contextlib.contextmanager
@@ -106,22 +65,11 @@ def build_page(model: Model) -> "gr.Blocks":
     """Build the page: its fields, and the functions above behind them."""
     import gradio as gr
 
-    settings, names, branches = model.config.sample, model.class_names, len(model.nnet.stages)
+    settings, names, whole = model.config.sample, model.class_names, {"precision": 0, "min_width": 120}
 
-    def classes(word: str) -> gr.Radio:
-        found = offered(word, names)
-        total = len(find_classes(word, names))
-        label = "Class" if total <= MOST_OFFERED else f"Class: the first {MOST_OFFERED} of {total}"
-        return gr.Radio(
-            [(caption(i, names), i) for i in found],
-            value=found[0] if found else None,
-            label=label if found else "No such class",
-            elem_id="classes",
-        )
-
-    def draw(*fields: object) -> tuple[list, tuple]:
+    def draw(label: int, scale: float, steps: int, seed: int, n_samples: int) -> tuple[list, tuple]:
         with errors_in_page():
-            sampled, labels = checked(model, *fields)
+            sampled, labels = with_settings(model, seed, scale, steps), [label] * n_samples
             return list(draw_samples(sampled, labels)), (sampled.config, labels)
 
     def follow(drawn: tuple[ConfigDict, list[int]], index: int = 0) -> gr.Image:
@@ -137,34 +85,22 @@ def build_page(model: Model) -> "gr.Blocks":
         drawn = gr.State()
         gr.Markdown(
             "# DiMR\nA diffusion model that denoises at several resolutions at once. "
-            f"This one has {len(names)} classes and {branches} branches."
+            f"This one has {len(names)} classes and {len(model.nnet.stages)} branches."
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                word = gr.Textbox(label="Search a class", placeholder="a number or a name", elem_id="word")
-                marked = classes("")
+                label = gr.Dropdown(class_choices(names), value=0, label="Class", info="type to search")
                 with gr.Row():
                     scale = gr.Number(settings.scale, label="Guidance scale", info="1: none", step=0.5, min_width=120)
-                    steps = gr.Number(
-                        settings.sample_steps, label="Steps", info="network evaluations", min_width=120, elem_id="steps"
-                    )
+                    steps = gr.Number(settings.sample_steps, label="Steps", info="NFE", **whole)
                 with gr.Row():
-                    seed = gr.Number(model.config.seed, label="Seed", min_width=120, elem_id="seed")
-                    n_samples = gr.Number(8, label="Samples", min_width=120)
+                    seed = gr.Number(model.config.seed, label="Seed", **whole)
+                    n_samples = gr.Slider(1, 64, 8, step=1, label="Samples", min_width=120)
                 button = gr.Button("Sample", variant="primary")
             with gr.Column(scale=5, min_width=320):
-                samples = gr.Gallery(
-                    label="Samples",
-                    show_label=False,  # it would lie on the first picture
-                    columns=4,
-                    format="png",
-                    height="auto",
-                    object_fit="contain",
-                    allow_preview=False,
-                    buttons=[],
-                    interactive=False,
-                    elem_id="samples",
-                )
+                # A label would lie on the first picture.
+                shown = {"show_label": False, "columns": 4, "height": "auto", "object_fit": "contain", "buttons": []}
+                samples = gr.Gallery(format="png", allow_preview=False, interactive=False, elem_id="samples", **shown)
         sheet = gr.Image(
             label="How a sample comes about", format="png", buttons=["download", "fullscreen"], elem_id="sheet"
         )
@@ -173,17 +109,11 @@ def build_page(model: Model) -> "gr.Blocks":
             "none (t = 0). The coarsest branch is on top; the finest is the one sampled with. Click another sample to "
             "see how that one comes about."
         )
-        word.change(classes, word, marked, show_progress="hidden", trigger_mode="always_last")
         # One at a time, whoever asks: they share the network.
         alone = {"concurrency_id": "network", "concurrency_limit": 1}
-        gr.on(
-            [button.click, word.submit],
-            draw,
-            [word, marked, seed, scale, steps, n_samples],
-            [samples, drawn],
-            show_progress_on=samples,
-            **alone,
-        ).success(follow, drawn, sheet, **alone)
+        fields = [label, scale, steps, seed, n_samples]
+        drawing = button.click(draw, fields, [samples, drawn], show_progress_on=samples, **alone)
+        drawing.success(follow, drawn, sheet, **alone)
         samples.select(follow_clicked, drawn, sheet, **alone)
     return page
 

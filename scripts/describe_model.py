@@ -53,21 +53,18 @@ def describe(config: ml_collections.ConfigDict, precision: str, memory_gb: float
         )
     parameters = sum(b.parameters for b in branches)
     multiply_adds = sum(b.multiply_adds for b in branches)
-    lines.append(f"| in all | | | | {parameters:,} | {multiply_adds:,} |")
-
     n_emas = 1 + len(config.ema.extra_rates) + len(config.ema.power_widths)
+    memory = cost.training_memory(partial(build_network, config), shape, precision, config.train.recompute, n_emas)
     lines += [
+        f"| in all | | | | {parameters:,} | {multiply_adds:,} |",
         "",
         f"Training memory, {precision} precision, {n_emas} set(s) of EMA weights, {memory_gb:g} GB:",
         "",
         "| activation checkpointing (config.train.recompute) | state, GB | per image, MB | largest batch per GPU |",
         "|---|---|---|---|",
-    ]
-    memory = cost.training_memory(partial(build_network, config), shape, precision, config.train.recompute, n_emas)
-    lines.append(
         f"| {config.train.recompute} | {rounded(memory.state / 1e9)} | {rounded(memory.per_image / 1e6)} "
-        f"| {memory.largest_batch(0.9 * memory_gb * 1e9)} |"
-    )
+        f"| {memory.largest_batch(0.9 * memory_gb * 1e9)} |",
+    ]
 
     per_second = tflops * 1e12 / (6 * multiply_adds)  # a backward is two forwards; 2 FLOPs per multiply-add
     images = config.train.n_steps * config.train.batch_size

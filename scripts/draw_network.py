@@ -24,15 +24,15 @@ PITCH = 2.3  # between rows
 ATTENTION, CONVOLUTION, PLAIN, EDGE = "#cfe0f5", "#d8efd3", "#f1f1f1", "#444444"
 
 
-def box(axes: plt.Axes, x: float, y: float, width: float, height: float, text: str, color: str = PLAIN) -> None:
+def box(axes: plt.Axes, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
     axes.add_patch(
         FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.08", fc=color, ec=EDGE, lw=1)
     )
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8, linespacing=1.4)
 
 
-def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": EDGE, "lw": 1.2})
+def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], **style: object) -> None:
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": EDGE, "lw": 1.2, **style})
 
 
 def draw(config: ml_collections.ConfigDict, title: str, out: Path) -> None:
@@ -49,24 +49,23 @@ def draw(config: ml_collections.ConfigDict, title: str, out: Path) -> None:
         half = spec.depth // 2
         color = ATTENTION if transformer else CONVOLUTION
         kind = "attention +\ngated MLP" if transformer else f"{spec.kernel_size}×{spec.kernel_size} conv +\ngated MLP"
-        cells = f"{spec.max_height}×{spec.max_width}"
         label = "\n+ class token" if transformer else ""
-        box(axes, 0.0, y, 1.5, 0.9, f"{x_shape}\nnoisy, full size")
-        box(axes, 2.0, y, 1.6, 0.9, f"{spec.patch_size}×{spec.patch_size} patches\n+ positions{label}")
-        box(axes, 4.1, y, 1.5, 0.9, f"{half} blocks\n{kind}", color)
-        box(axes, 6.1, y, 1.0, 0.9, "1 block", color)
-        box(axes, 7.6, y, 1.5, 0.9, f"{half} blocks\nwith skips", color)
-        box(axes, 9.6, y, 1.7, 0.9, f"head\nε at {output.shape[-2]}×{output.shape[-1]}")
-        for left, right in ((1.5, 2.0), (3.6, 4.1), (5.6, 6.1), (7.1, 7.6), (9.1, 9.6)):
-            arrow(axes, (left + 0.02, y + 0.45), (right - 0.02, y + 0.45))
-        axes.annotate(
-            "",
-            xy=(8.35, y + 0.92),
-            xytext=(4.85, y + 0.92),
-            arrowprops={"arrowstyle": "-|>", "color": "#888888", "connectionstyle": "arc3,rad=-0.12", "lw": 1},
-        )
+        for x, width, text, fill in (
+            (0.0, 1.5, f"{x_shape}\nnoisy, full size", PLAIN),
+            (2.0, 1.6, f"{spec.patch_size}×{spec.patch_size} patches\n+ positions{label}", PLAIN),
+            (4.1, 1.5, f"{half} blocks\n{kind}", color),
+            (6.1, 1.0, "1 block", color),
+            (7.6, 1.5, f"{half} blocks\nwith skips", color),
+            (9.6, 1.7, f"head\nε at {output.shape[-2]}×{output.shape[-1]}", PLAIN),
+        ):
+            box(axes, x, y, width, 0.9, text, fill)
+            if x:
+                arrow(axes, (x - 0.48, y + 0.45), (x - 0.02, y + 0.45))
+        arrow(axes, (4.85, y + 0.92), (8.35, y + 0.92), color="#888888", connectionstyle="arc3,rad=-0.12", lw=1)
         axes.text(6.6, y + 1.14, "long skips", fontsize=7, ha="center", color="#666666")
-        axes.text(11.45, y + 0.45, f"{cells} cells, width {spec.dim}", fontsize=8, va="center")
+        axes.text(
+            11.45, y + 0.45, f"{spec.max_height}×{spec.max_width} cells, width {spec.dim}", fontsize=8, va="center"
+        )
         if r + 1 < len(nnet.stages):
             dim = nnet.stages[r + 1].upsample.proj.in_features
             middle, top = y - 0.55, y - PITCH + 0.95  # down from the blocks, across, down into the next branch

@@ -4,13 +4,9 @@
     python scripts/evaluate_npz.py VIRTUAL_imagenet256_labeled.npz saved_images --out saved_images_report
     torchrun --nproc_per_node 8 scripts/evaluate_npz.py REF SAMPLES        # the same numbers from 8 GPUs
 
-SAMPLES is an .npz with images as uint8 `arr_0` (N, H, W, 3), as img2npz.py writes it, or several that are parts of one
-set, in order; or the folder that eval.py wrote (several: parts of one set), of which the report also says how its
-images were made. REF is ADM's reference .npz (images and/or mu, sigma, mu_s, sigma_s) or U-ViT's (mu, sigma); scores
-that it does not allow are left out, with the reason.
-
-Images are streamed; the features of 50,000 images, and the distances between them, need about 3 GB. Runs on GPUs or the
-CPU.
+SAMPLES is an .npz with images as uint8 `arr_0` (N, H, W, 3), as img2npz.py writes it, or the folder that eval.py wrote;
+several are parts of one set, in order. REF is ADM's reference .npz (images and/or mu, sigma, mu_s, sigma_s) or U-ViT's
+(mu, sigma); scores that it does not allow are left out, with the reason. 50,000 images need about 3 GB of memory.
 """
 
 import argparse
@@ -35,8 +31,6 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 def evaluate(args: argparse.Namespace) -> None:
     """Print the scores of `args.samples` and write the report asked for. Raises UserError, OSError."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1; found {args.batch_size}")
     if args.out:
         check_writable(args.out, folder=True)
     folders = [Path(path).is_dir() for path in args.samples]

@@ -5,10 +5,8 @@
 
 `--images` is ImageNet's `train/`, any folder with one folder per class, or a folder of images alone (no classes).
 The images are cropped as ADM does, and each is encoded as it is and mirrored. Any number of processes on any number
-of machines that share `--out` can work together. Re-run the command to resume: on the same kind of device with the same
-`--batch_size` the result is the same bytes, whatever the interruptions and the number of processes. Images that cannot
-be read are listed at the end; the store is then only completed with `--skip_unreadable`. The format is described in
-docs/latents.md.
+of machines that share `--out` can work together. Re-run the command to resume. Images that cannot be read are listed at
+the end; the store is then only completed with `--skip_unreadable`. See docs/latents.md.
 """
 
 import argparse
@@ -16,7 +14,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -31,50 +29,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
-from libs.autoencoder import load_autoencoder, uint8_to_float
+from libs.autoencoder import Autoencoder, load_autoencoder, uint8_to_float
 from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import cpu_count, errors_in_one_line, make_state, raise_on_all_ranks
 
-Encode = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w)
 AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--images", required=True, help="folder with one folder per class, or of images alone")
-    add("--out", required=True, help="folder of the latent store")
-    add("--autoencoder", default=AUTOENCODER, help="diffusers folder, hub id, or single file")
-    add("--resolution", type=image_size, default=256, help="size of the crop in pixels: a side, or HEIGHTxWIDTH")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
-    add("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
-    add("--batch_size", type=int, default=64, help="images per encoding (twice as many views with --flip)")
-    add("--shard_size", type=int, default=8192, help="images per file: the unit of work and of resuming")
-    add("--workers", type=int, default=None, help="image-reading processes per process (default: all cores)")
-    add("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
-    args = parser.parse_args(argv)
-    if args.workers is None:
-        args.workers = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if min(args.batch_size, args.shard_size) < 1 or args.workers < 0:
-        parser.error("--batch_size and --shard_size must be at least 1, --workers at least 0")
-    return args
-
-
-def encode_batch(encode: Encode, images: torch.Tensor, flip: bool) -> np.ndarray:
-    """Encode uint8 images (B, 3, H, W) to moments (B * views, 2C, h, w); a mirror image follows its image."""
-    if flip:
-        images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
-    return encode(uint8_to_float(images)).cpu().numpy()
-
-
 def sizes_digest(tree: ImageTree, first: int, last: int) -> str:
-    """SHA-256 of the sizes of 16 or more files of images first..last - 1, or of all if they are fewer.
-
-    It tells other images of the same names, without asking a network disk for a million sizes. -1: a dangling link.
-    """
+    """SHA-256 of some files' sizes, of images first..last - 1: it tells other images of the same names."""
     some = range(first, last, max(1, (last - first) // 16))
     sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in map(tree.path, some)]
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
@@ -84,18 +48,14 @@ def encode_shards(
     writer: StoreWriter,
     shards: list[int],
     tree: ImageTree,
-    encode: Encode,
-    device: torch.device,
+    autoencoder: Autoencoder,
+    state: PartialState,
     args: argparse.Namespace,
-    show_progress: bool = True,
 ) -> list[tuple[int, str]]:
-    """Encode and write the shards numbered `shards`.
+    """Encode and write the shards numbered `shards`. Return [(image index, reason)] of the unreadable images.
 
-    Reading and cropping run ahead in worker processes, and a finished shard is written by a thread, so that the
-    encoder waits for neither. Batches start at the beginning of each shard, so their contents depend on nothing else.
-
-    Returns:
-        [(image index, reason)] of the unreadable images. Unless args.skip_unreadable, their shards are not written.
+    Workers read ahead and a thread writes, so that the encoder waits for neither. Batches begin anew with each shard,
+    so their contents depend on nothing else. A shard with unreadable images is written if args.skip_unreadable.
     """
     ranges_of = {shard: batch_ranges(*writer.image_range(shard), args.batch_size) for shard in shards}
     ranges = [r for shard in shards for r in ranges_of[shard]]
@@ -103,11 +63,12 @@ def encode_shards(
         ImageBatches(tree, ranges, args.resolution),
         batch_size=None,
         num_workers=min(args.workers, len(ranges)),
-        pin_memory=device.type == "cuda",
+        pin_memory=state.device.type == "cuda",
     )
     batches, all_unreadable, writing = iter(loader), [], None
     n_views, n_images = 2 if args.flip else 1, sum(stop - start for start, stop in ranges)
-    with ThreadPoolExecutor(1) as thread, tqdm(total=n_images, unit=" images", disable=not show_progress) as progress:
+    hidden = not state.is_main_process
+    with ThreadPoolExecutor(1) as thread, tqdm(total=n_images, unit=" images", disable=hidden) as progress:
         for shard in shards:
             first, last = writer.image_range(shard)
             records = np.empty(((last - first) * n_views, *writer.settings["record_shape"]), args.dtype)
@@ -116,7 +77,10 @@ def encode_shards(
                 images, problems = next(batches)
                 unreadable += problems
                 if len(images) and (args.skip_unreadable or not unreadable):
-                    moments = encode_batch(encode, images.to(device, non_blocking=True), args.flip)
+                    images = images.to(state.device, non_blocking=True)  # uint8 (B, 3, H, W)
+                    if args.flip:  # a mirror image follows its image
+                        images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
+                    moments = autoencoder.encode_moments(uint8_to_float(images)).cpu().numpy()
                     with np.errstate(over="ignore"):  # reported, with the remedy, when the shard is written
                         records[n_records : n_records + len(moments)] = moments
                     n_records += len(moments)
@@ -162,12 +126,12 @@ def extract(args: argparse.Namespace, state: PartialState) -> None:
         torch.set_num_threads(1)  # the number of threads changes the last bits of a convolution
     torch.backends.cudnn.deterministic = True
     autoencoder.to(state.device)
-    mine, main = todo[state.process_index :: state.num_processes], state.is_main_process
+    mine = todo[state.process_index :: state.num_processes]
     with raise_on_all_ranks(state):  # the others finish their shards, which are kept
-        unreadable = encode_shards(writer, mine, tree, autoencoder.encode_moments, state.device, args, main)
+        unreadable = encode_shards(writer, mine, tree, autoencoder, state, args)
     unreadable = sorted(gather_object(unreadable))
     with raise_on_all_ranks(state):
-        if main:
+        if state.is_main_process:
             finish(writer, tree, unreadable, args)
 
 
@@ -181,10 +145,8 @@ def prepare(writer: StoreWriter, tree: ImageTree, args: argparse.Namespace) -> l
     record_bytes = np.dtype(args.dtype).itemsize * int(np.prod(writer.settings["record_shape"]))
     needed, free = n_images * (2 if args.flip else 1) * record_bytes, shutil.disk_usage(args.out).free
     if needed > free:
-        raise UserError(
-            f"{args.out} needs {needed / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free: free space, set "
-            f"another --out, or use --dtype float16"
-        )
+        found = f"{args.out} needs {needed / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free"
+        raise UserError(f"{found}: free space, set another --out, or use --dtype float16")
     print(f"{len(tree)} images in {len(tree.class_names)} classes; {n_images} to encode in {len(todo)} shards")
     return todo
 
@@ -194,17 +156,30 @@ def finish(writer: StoreWriter, tree: ImageTree, unreadable: list[tuple[int, str
     if unreadable:
         print(f"{len(unreadable)} images cannot be read:", *[reason for _, reason in unreadable], sep="\n  ")
         if not args.skip_unreadable:
-            raise UserError(
-                f"{len(unreadable)} images (listed above) cannot be read: replace them, or give --skip_unreadable to "
-                f"leave them out; re-run to complete {args.out}"
-            )
+            found = f"{len(unreadable)} images (listed above) cannot be read"
+            raise UserError(f"{found}: replace them, or give --skip_unreadable to leave them out, and re-run")
     writer.finish(tree.labels, tree.name)
     store = LatentStore(args.out)
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--images", required=True, help="folder with one folder per class, or of images alone")
+    add("--out", required=True, help="folder of the latent store")
+    add("--autoencoder", default=AUTOENCODER, help="diffusers folder, hub id, or single file")
+    add("--resolution", type=image_size, default=256, help="size of the crop in pixels: a side, or HEIGHTxWIDTH")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
+    add("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
+    add("--batch_size", type=int, default=64, help="images per encoding (twice as many views with --flip)")
+    add("--shard_size", type=int, default=8192, help="images per file: the unit of work and of resuming")
+    cores = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    add("--workers", type=int, default=cores, help="image-reading processes per process")
+    add("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
+    args = parser.parse_args(argv)
     # Processes finish shards at different times: wait for hours, not for the default minutes.
     with errors_in_one_line():
         state = make_state(timedelta(hours=12))

@@ -29,26 +29,6 @@ from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import errors_in_one_line
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--source", required=True, help="folder of the features")
-    parser.add_argument("--out", required=True, help="folder of the latent store")
-    parser.add_argument("--autoencoder", required=True, help="the autoencoder the features were made with")
-    parser.add_argument("--n_classes", type=int, default=1000, help="labels are 0 to n_classes - 1 (default 1000)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
-    parser.add_argument("--shard_size", type=int, default=8192, help="images per file (default 8192)")
-    parser.add_argument(
-        "--scaled",
-        action=argparse.BooleanOptionalAction,
-        help="whether sampled latents are times the scaling factor already (default: yes in fast-dit, else no)",
-    )
-    args = parser.parse_args(argv)
-    if min(args.n_classes, args.shard_size) < 1:
-        parser.error("--n_classes and --shard_size must be at least 1")
-    return args
-
-
 def as_moments(values: np.ndarray, autoencoder: Autoencoder, scaled: bool) -> np.ndarray:
     """Return moments (n, 2C, h, w) as they are, sampled latents (n, C, h, w) as means with the least log-variance."""
     channels = autoencoder.latent_channels
@@ -110,9 +90,21 @@ def import_latents(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--source", required=True, help="folder of the features")
+    parser.add_argument("--out", required=True, help="folder of the latent store")
+    parser.add_argument("--autoencoder", required=True, help="the autoencoder the features were made with")
+    parser.add_argument("--n_classes", type=int, default=1000, help="labels are 0 to n_classes - 1 (default 1000)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")
+    parser.add_argument("--shard_size", type=int, default=8192, help="images per file (default 8192)")
+    parser.add_argument(
+        "--scaled",
+        action=argparse.BooleanOptionalAction,
+        help="whether sampled latents are times the scaling factor already (default: yes in fast-dit, else no)",
+    )
     with errors_in_one_line():
-        import_latents(args)
+        import_latents(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

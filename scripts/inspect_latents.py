@@ -11,31 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs.autoencoder import Autoencoder, float_to_uint8, load_autoencoder
 from libs.files import check_writable, replacing
+from libs.images import draw_sheet
 from libs.latents import LatentStore
 from libs.launch import errors_in_one_line
 
-CAPTION_HEIGHT = 16
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("store", help="folder of the latent store")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
-    parser.add_argument("--png", help="draw decoded samples into this file (needs --autoencoder)")
-    parser.add_argument("--autoencoder", help="the autoencoder the latents were made with")
-    parser.add_argument("--samples", type=int, default=16, help="how many to draw, spread evenly over the store")
-    args = parser.parse_args(argv)
-    if args.png and not args.autoencoder:
-        parser.error("--png needs --autoencoder, the one the latents were made with")
-    if args.samples < 1:
-        parser.error(f"--samples must be at least 1, found {args.samples}")
-    return args
+N_DRAWN = 16
 
 
 def describe(store: LatentStore) -> str:
@@ -56,21 +42,13 @@ def describe(store: LatentStore) -> str:
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())
 
 
-def draw_samples(store: LatentStore, autoencoder: Autoencoder, n: int) -> Image.Image:
-    """Draw up to n decoded records, evenly spread over the store, each above its class name."""
-    records, labels = store.read(np.unique(np.linspace(0, len(store) - 1, n).round().astype(int)))
+def draw_samples(store: LatentStore, autoencoder: Autoencoder) -> Image.Image:
+    """Draw N_DRAWN decoded records, evenly spread over the store, under their class names."""
+    records, labels = store.read(np.unique(np.linspace(0, len(store) - 1, N_DRAWN).round().astype(int)))
     moments = torch.from_numpy(records)
     noise = torch.randn(moments.chunk(2, dim=1)[0].shape, generator=torch.Generator().manual_seed(0))
     pixels = float_to_uint8(autoencoder.decode(autoencoder.sample_latents(moments, noise))).permute(0, 2, 3, 1).numpy()
-    columns = int(np.ceil(np.sqrt(len(pixels))))
-    width, height = max(pixels.shape[2], 64), pixels.shape[1] + CAPTION_HEIGHT
-    sheet = Image.new("RGB", (columns * width, -(-len(pixels) // columns) * height), "white")
-    for k, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-        left, top = k % columns * width, k // columns * height
-        sheet.paste(Image.fromarray(image), (left, top))
-        name = store.class_names[label][: width // 6]
-        ImageDraw.Draw(sheet).text((left + 2, top + pixels.shape[1] + 2), name, fill="black")
-    return sheet
+    return draw_sheet([list(pixels)], [""], [store.class_names[label] for label in labels])
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -86,12 +64,19 @@ def inspect(args: argparse.Namespace) -> None:
         store.check_against(autoencoder=autoencoder.identity)
         Path(args.png).parent.mkdir(parents=True, exist_ok=True)
         with replacing(args.png, "set --png") as file:
-            draw_samples(store, autoencoder, args.samples).save(file, format="png")
+            draw_samples(store, autoencoder).save(file, format="png")
         print(f"{'samples':12} {args.png}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("store", help="folder of the latent store")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    parser.add_argument("--png", help=f"draw {N_DRAWN} decoded samples into this file (needs --autoencoder)")
+    parser.add_argument("--autoencoder", help="the autoencoder the latents were made with")
+    args = parser.parse_args(argv)
+    if args.png and not args.autoencoder:
+        parser.error("--png needs --autoencoder, the one the latents were made with")
     with errors_in_one_line():
         inspect(args)
 

@@ -6,8 +6,6 @@ The 1,797 real 8x8 digits (`sklearn.datasets.load_digits`, values 0..16, no down
 32x32 and passed through sigmoid(10 (u - 0.5)), which turns the blur of the enlargement into strokes. They become RGB
 PNGs `train/<class>/<id>.png` and `held_out/<class>/<id>.png`, where id is the digit's index in `load_digits`: 500
 digits, balanced over the classes and always the same, are held out from everything that is trained.
-
-Running it again does nothing.
 """
 
 import argparse
@@ -47,10 +45,7 @@ def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def make_digits(out: str | Path) -> dict[str, int] | None:
-    """Write the two trees under `out`, whole or not at all. Returns {"train": count, "held_out": count}, None if there.
-
-    Raises UserError if `out` holds something else.
-    """
+    """Write the two trees under `out`. Returns {"train": count, "held_out": count}, None if they were there."""
     out, digits = Path(out), load_digits()
     splits = split_indices(digits.target)
     counts = {split: len(indices) for split, indices in splits.items()}
@@ -74,10 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_one_line():
         written = make_digits(args.out)
-    if written is None:
-        print(f"{args.out} is complete, nothing to do")
-    else:
-        print(f"{args.out}: {written['train']} training and {written['held_out']} held-out digits")
+    counts = "{train} training and {held_out} held-out digits".format(**written) if written else "complete, as before"
+    print(f"{args.out}: {counts}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
 """Draw samples of chosen classes in one grid, and how they come about.
 
     python scripts/sample.py --classes "golden retriever,207" --nnet_path WEIGHTS [--config configs/NAME.py] \\
-        [--autoencoder PATH] [--seed 0 --per_class 4 --cfg 1,1.4,3 --steps 20,50 --columns guidance] [--trajectory] \\
-        --grid out.png
+        [--autoencoder PATH] [--seed 0 --per_class 4 --cfg 1,1.4,3 --steps 20,50] [--trajectory] --grid out.png
     python scripts/sample.py --grid out.png
 
-The second line takes the digits model that scripts/quickstart.sh has trained, and the first ten classes. Classes are
-numbers or names, those of the training data's folders (ImageNet's: in English). The config and the names are those
-saved with the weights, the config unless given. Sample j of class k of the list has the index k * per_class + j: with
-the same seed, batches and settings it is eval.py's image of that index and label, to the bit.
+The second line takes the digits model that scripts/quickstart.sh has trained, and the first ten classes. Sample j of
+class k of the list has the index k * per_class + j: with the same seed, batches and settings it is eval.py's image of
+that index and label, to the bit. The grid has a row for each guidance scale and NFE, and a column for each sample.
 
---columns chooses what varies along a row, of class, sample, guidance and steps; the rest varies down the rows.
 --trajectory writes NAME_trajectory.png beside the grid: for the first sample of each class, at times t from 1 (noise)
-to 0, each branch's estimate x_0 = (x_t - sigma eps) / alpha at its resolution, coarsest first. The finest is the one
-sampled with.
+to 0, each branch's estimate x_0 = (x_t - sigma eps) / alpha at its resolution, coarsest first.
 """
 
 import argparse
@@ -43,7 +39,6 @@ from libs.launch import errors_in_one_line
 from libs.model import Model, class_label
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
-AXES = ("class", "sample", "guidance", "steps")
 MOST_TIMES = 8  # of a trajectory that are shown
 
 
@@ -68,16 +63,12 @@ def with_settings(model: Model, seed: int | None, scale: float | None, steps: in
     return replace(model, config=config)
 
 
-def bar(evaluations: int) -> tqdm:
-    """Return a progress bar over network evaluations, shown on a terminal."""
-    return tqdm(total=evaluations, unit="evaluation", disable=None)
-
-
 def draw_samples(model: Model, labels: Sequence[int]) -> np.ndarray:
     """Sample the labels, uint8 (len(labels), H, W, 3), in the batches that eval.py makes of them."""
     n, size = len(labels), min(model.config.sample.mini_batch_size, len(labels))
     batches = [range(first, first + size) for first in range(0, n, size)]  # the last one is filled up
-    with bar(len(batches) * model.config.sample.sample_steps) as progress:
+    nfe = len(batches) * model.config.sample.sample_steps
+    with tqdm(total=nfe, unit="evaluation", disable=None) as progress:
         sample = model.sampler(watch=lambda *_: progress.update())
         parts = [sample(batch, [labels[min(i, n - 1)] for i in batch]) for batch in batches]
     check_finite(torch.cat([finite for _, finite in parts])[:n])
@@ -95,7 +86,7 @@ def trajectory(
         times.append(t)
         estimates.append([sde.convert(schedule, x, output, t, model.config.prediction, "x") for output in predictions])
 
-    with bar(model.config.sample.sample_steps) as progress:
+    with tqdm(total=model.config.sample.sample_steps, unit="evaluation", disable=None) as progress:
         samples, finite = model.sampler(watch=record)(indices, labels)
     check_finite(finite)
     shown = sorted({round(i) for i in np.linspace(0, len(times) - 1, MOST_TIMES)})
@@ -116,45 +107,16 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def sample_grid(
-    model: Model,
-    labels: list[int],
-    per_class: int,
-    seed: int | None,
-    scales: list[float | None],
-    steps: list[int | None],
-    columns: tuple[str, ...],
+    model: Model, labels: list[int], per_class: int, seed: int | None, scales: list, steps: list
 ) -> Image.Image:
-    """Draw the grid of every class, sample, guidance scale and number of steps."""
-    every = [label for label in labels for _ in range(per_class)]
-    models = {
-        (i, j): with_settings(model, seed, scale, n) for i, scale in enumerate(scales) for j, n in enumerate(steps)
-    }  # all of them before any is sampled: settings that cannot work raise here
-    made = {place: draw_samples(each, every) for place, each in models.items()}
-    default = model.config.sample
-    captions = {
-        "class": [class_caption(label, model.class_names) for label in labels],
-        "sample": [f"sample {i}" for i in range(per_class)],
-        "guidance": [f"scale {default.scale if scale is None else scale:g}" for scale in scales],
-        "steps": [f"{default.sample_steps if n is None else n} steps" for n in steps],
-    }
-    rows = tuple(axis for axis in AXES if axis not in columns)
-    across, down = places(columns, captions), places(rows, captions)
-    cells = [
-        [made[at["guidance"], at["steps"]][at["class"] * per_class + at["sample"]] for at in (r | c for c in across)]
-        for r in down
-    ]
-    return draw_sheet(cells, [title(r, captions) for r in down], [title(c, captions) for c in across])
-
-
-def places(axes: tuple[str, ...], captions: dict[str, list[str]]) -> list[dict[str, int]]:
-    """List every place along these axes, {axis: position}, the last axis fastest."""
-    ranges = (range(len(captions[axis])) for axis in axes)
-    return [dict(zip(axes, found, strict=True)) for found in itertools.product(*ranges)]
-
-
-def title(place: dict[str, int], captions: dict[str, list[str]]) -> str:
-    """Join the captions of a place, without those of axes of one position (a class is always named)."""
-    return ", ".join(captions[a][i] for a, i in place.items() if a == "class" or len(captions[a]) > 1)
+    """Draw the samples of every class, a row for each guidance scale and NFE."""
+    models = [with_settings(model, seed, scale, n) for scale in scales for n in steps]  # checks all before sampling
+    cells = [list(draw_samples(each, [label for label in labels for _ in range(per_class)])) for each in models]
+    settings = [each.config.sample for each in models]
+    rows = [f"scale {each.scale:g}, {each.sample_steps} steps" if len(models) > 1 else "" for each in settings]
+    names = [class_caption(label, model.class_names) for label in labels]
+    columns = [f"{name}, sample {j}" if per_class > 1 else name for name in names for j in range(per_class)]
+    return draw_sheet(cells, rows, columns)
 
 
 def class_caption(label: int, names: Sequence[str]) -> str:
@@ -196,23 +158,17 @@ def main() -> None:
     parser.add_argument("--per_class", type=int, default=1, help="samples of each class")
     parser.add_argument("--cfg", type=floats, default=[None], help=f"guidance scales, {listed}")
     parser.add_argument("--steps", type=integers, default=[None], help=f"NFE, {listed}")
-    parser.add_argument("--columns", default="class,sample", help=f"what varies along a row, of {', '.join(AXES)}")
     parser.add_argument("--trajectory", action="store_true", help="also draw how the samples come about")
     parser.add_argument("--grid", type=Path, default=Path("samples.png"), help="the picture to write, a PNG")
     arguments = parser.parse_args()
     logging.use_absl_handler()
     with errors_in_one_line():
-        columns = tuple(axis.strip() for axis in arguments.columns.split(","))
-        if not set(columns) <= set(AXES) or len(set(columns)) < len(columns):
-            raise UserError(f"--columns must be some of {', '.join(AXES)}; found {arguments.columns}")
-        if arguments.per_class < 1:
-            raise UserError(f"--per_class must be at least 1; found {arguments.per_class}")
         check_writable(arguments.grid, "--grid", [".png", ".PNG"])
         model = open_model(arguments.nnet_path, arguments.config, arguments.autoencoder)
         words = arguments.classes.split(",") if arguments.classes else range(min(10, len(model.class_names) or 1))
         labels = [class_label(word, model.class_names) for word in words]
         seed, scales, steps, per_class = arguments.seed, arguments.cfg, arguments.steps, arguments.per_class
-        save(sample_grid(model, labels, per_class, seed, scales, steps, columns), arguments.grid)
+        save(sample_grid(model, labels, per_class, seed, scales, steps), arguments.grid)
         if arguments.trajectory:
             path = arguments.grid.with_name(f"{arguments.grid.stem}_trajectory.png")
             indices = [k * per_class for k in range(len(labels))]  # the first sample of each class

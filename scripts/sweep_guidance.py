@@ -4,13 +4,11 @@
         --nnet_path=WEIGHTS --out=workdir/sweep --scales=1,1.5,2,3 --powers=none,2 --intervals=none,0.2:2 --steps=50 \
         --config.sample.n_samples=5000 [--reference=REF.npz | --digits=workdir/quickstart/digits]
 
-Scores are those of ADM's suite against --reference (or config.fid_stat, where it and the Inception weights are there).
-Otherwise they are the Fréchet distance and class accuracy of scripts/score_digits.py. At scale 1 there is no guidance
-and so one combination per number of steps. All other settings are the config's.
+Scores are those of ADM's suite against --reference (or config.fid_stat, where it and the Inception weights are there),
+otherwise those of scripts/score_digits.py.
 
 Writes into --out: <combination>/images and <combination>/scores.json; sweep.md, best first; and sweep.png. Re-run the
-command, with more values if you like, to make what is missing; images of a scored combination may be removed. With few
-images FID ranks settings but is too high to be compared with published values.
+command, with more values if you like, to make what is missing; images of a scored combination may be removed.
 """
 
 import itertools
@@ -67,18 +65,9 @@ class Scorer(NamedTuple):
 
 
 def combine(scales: list, powers: list, intervals: list, steps: list) -> list[Setting]:
-    """Make all combinations, in order of their steps."""
+    """Make all combinations, in order of their steps; one per number of steps at scale 1, which is no guidance."""
     found = itertools.product(steps, scales, powers, intervals)
     return list(dict.fromkeys(Setting(s, *((None, None) if s == 1 else (p, i)), n) for n, s, p, i in found))
-
-
-def config_of(setting: Setting, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Make the config that samples one combination, and check it."""
-    config = ml_collections.ConfigDict(config)
-    config.sample.update(scale=setting.scale, scale_pow=setting.power, sample_steps=setting.steps)
-    config.sample.interval = setting.interval
-    utils.check_sampling(config)
-    return config
 
 
 def open_scorer(reference: str | None, digits: str, config: ml_collections.ConfigDict) -> Scorer:
@@ -110,60 +99,61 @@ def open_scorer(reference: str | None, digits: str, config: ml_collections.Confi
 def sweep(
     config: ml_collections.ConfigDict, nnet_path: str, out: Path, settings: list[Setting], scorer: Scorer
 ) -> list[tuple[Setting, dict]]:
-    """Score all settings, on all processes; the main one writes table and plot and returns the rows, best first."""
-    for setting in settings:  # check all before sampling any
-        config_of(setting, config)
+    """Score all settings, on all processes. The main one writes table and plot, and returns the rows best first."""
+    configs = []
+    for setting in settings:
+        configs.append(config.copy_and_resolve_references())
+        configs[-1].sample.update(scale=setting.scale, scale_pow=setting.power, sample_steps=setting.steps)
+        configs[-1].sample.interval = setting.interval
+        utils.check_sampling(configs[-1])  # all of them, before any is sampled
     accelerator = launch.make_accelerator()
     logging.set_verbosity(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    model = evaluation.open_model(nnet_path, config, accelerator)
-    rows = []
-    for setting in settings:
-        own = replace(model, config=config_of(setting, model.config))
+    model, rows = evaluation.open_model(nnet_path, config, accelerator), []
+    for setting, own_config in zip(settings, configs, strict=True):
+        own_config.sample.compile = model.config.sample.compile  # what auto stands for
+        own = replace(model, config=own_config)
         made_with = {**evaluation.sampling_settings(own), RANGE: [0, config.sample.n_samples]}
         decided_by = {**made_with, **scorer.identity}
         folder, file = out / setting.name() / "images", out / setting.name() / "scores.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
+        accelerator.wait_for_everyone()  # every process has looked before one writes
         if found.get("decided_by") != decided_by:
-            accelerator.wait_for_everyone()  # every process has looked before one writes
             evaluation.sample_and_score(own, folder, accelerator, settings=made_with)
             found = {"scores": scorer.score(folder, accelerator), "decided_by": decided_by}
             if accelerator.is_main_process:
                 with replacing(file) as opened:
                     opened.write(json.dumps(found, indent=1).encode())
-            accelerator.wait_for_everyone()
         rows.append((setting, found["scores"]))
     if accelerator.is_main_process:
-        rows.sort(key=lambda row: row[1][next(iter(scorer.titles))])
-        sample = config.sample
-        head = f"{sample.n_samples} images each, `{sample.algorithm}`, weights `{model.weights}`. Best first."
-        write_table(rows, scorer.titles, head, out / "sweep.md")
-        plot(rows, *next(iter(scorer.titles.items())), out / "sweep.png")
+        (ranking, title), *_ = scorer.titles.items()
+        rows.sort(key=lambda row: row[1][ranking])
+        lines = [f"{config.sample.n_samples} images each, weights `{model.weights}`. Best first.", ""]
+        lines += [f"| {' | '.join([*Setting._fields, *scorer.titles.values()])} |"]
+        lines += ["|---" * (len(Setting._fields) + len(scorer.titles)) + "|"]
+        for setting, scores in rows:
+            values = ["-" if scores[name] is None else f"{scores[name]:.4f}" for name in scorer.titles]
+            lines.append(f"| {' | '.join([*setting.cells(), *values])} |")
+        (out / "sweep.md").write_text("\n".join(lines) + "\n")
+        plot(rows, ranking, title, out / "sweep.png")
         logging.info("best: %s, %s; table and plot in %s", rows[0][0].name(), rows[0][1], out)
     launch.finish(accelerator)
     return rows
 
 
-def write_table(rows: list[tuple[Setting, dict]], titles: dict[str, str], head: str, path: Path) -> None:
-    lines = [head, "", f"| {' | '.join([*Setting._fields, *titles.values()])} |", "|---" * (4 + len(titles)) + "|"]
-    for setting, scores in rows:
-        values = ["-" if scores[name] is None else f"{scores[name]:.4f}" for name in titles]
-        lines.append(f"| {' | '.join([*setting.cells(), *values])} |")
-    path.write_text("\n".join(lines) + "\n")
-
-
 def plot(rows: list[tuple[Setting, dict]], name: str, title: str, path: Path) -> None:
     """Plot a score against the scale, one line for all that is sampled alike but for the scale."""
-    axes = plt.figure(figsize=(7, 4.5)).gca()
-    for power, interval, steps in sorted({tuple(setting.cells()[1:]) for setting, _ in rows}):
-        line = [row for row in rows if row[0].cells()[1:] == [power, interval, steps]]
-        line += [row for row in rows if row[0].scale == 1 and row[0].cells()[3] == steps and row not in line]
-        points = sorted((setting.scale, scores[name]) for setting, scores in line)
-        axes.plot(*zip(*points, strict=True), ".-", label=f"power {power}, interval {interval}, {steps} steps")
+    lines = {}
+    for setting, scores in sorted(rows, key=lambda row: row[0].scale):
+        label = "power {}, interval {}, {} steps".format(*setting.cells()[1:])
+        lines.setdefault(label, []).append((setting.scale, scores[name]))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), ".-", label=label)
     axes.set(xlabel="guidance scale (1: none)", ylabel=title, yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    axes.figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(axes.figure)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,8 @@
-"""Shared pieces: configs by name, a tiny autoencoder and a small latent store, real processes."""
+"""Shared pieces: configs by name, a tiny autoencoder, store, network and run, real processes."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import train as training
 import utils
 from libs.inception import WEIGHTS
+from libs.model import build_network, config_json
 from scripts import extract_imagenet_feature
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +38,27 @@ def run(*command: str, processes: int = 1, env: dict | None = None, timeout: int
     return subprocess.run(
         [*head, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class RunsCode:
+    """Unpickling it calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +98,7 @@ def tiny_latents(tmp_path_factory, tiny_autoencoder, tiny_images) -> Path:
     """The latent store of `tiny_images`, made by the project's own extraction."""
     folder = tmp_path_factory.mktemp("store") / "latents"
     places = ("--images", tiny_images, "--out", folder, "--autoencoder", tiny_autoencoder)
-    flags = ("--resolution", "16", "--no-flip", "--dtype", "float32", "--workers", "0")
+    flags = ("--resolution", "16", "--no-flip", "--workers", "0")
     extract_imagenet_feature.main([*map(str, places), *flags])
     return folder
 
@@ -108,6 +134,29 @@ def overrides(config) -> list[str]:
     return [*flags, f"--config.lr_scheduler.warmup_steps={config.lr_scheduler.warmup_steps}"]
 
 
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, tiny_autoencoder, tiny_latents) -> Path:
+    """The work folder of a run of `tiny_config`: checkpoints 3 and 6."""
+    workdir = tmp_path_factory.mktemp("trained")
+    training.train(make_tiny_config(tiny_autoencoder, tiny_latents), workdir)
+    return workdir
+
+
+def save_weights(config, path):
+    """Random weights with their config, large enough that the class shows in the pictures."""
+    state = {name: t + 0.2 * torch.randn(t.shape) for name, t in build_network(config).state_dict().items()}
+    save_file(state, path, {"config": json.dumps(config_json(config))})
+
+
+@pytest.fixture
+def weights(tiny_config, tmp_path) -> Path:
+    """A random tiny model; its batches do not divide the set."""
+    torch.manual_seed(5)
+    tiny_config.sample.update(n_samples=9, mini_batch_size=4)
+    save_weights(tiny_config, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
 def quick_distance(mu1, sigma1, mu2, sigma2):
     """In the place of the Fréchet distance, which takes seconds, where only what goes into it is in question."""
     return float(np.abs(mu1 - mu2).sum() + np.abs(sigma1 - sigma2).sum())
@@ -115,7 +164,7 @@ def quick_distance(mu1, sigma1, mu2, sigma2):
 
 @pytest.fixture(scope="session")
 def inception_assets(tmp_path_factory) -> Path:
-    """An assets folder with pytorch-fid's Inception file, its weights random.
+    """An assets folder with pytorch-fid's Inception file, its weights random; as TORCH_HOME it has the file, too.
 
     They are Kaiming's, as default ones make all features alike; with a bias that would show.
     """
@@ -138,4 +187,6 @@ def inception_assets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     (folder / "inception").mkdir()
     torch.save(network.state_dict(), folder / "inception" / WEIGHTS)
+    (folder / "hub").mkdir()
+    (folder / "hub" / "checkpoints").symlink_to(folder / "inception")
     return folder

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import RunsCode
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -113,21 +114,13 @@ def test_files_that_are_not_whole_are_refused(sd, tmp_path):
             load_autoencoder(file)
 
 
-class RunsCode:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
 @pytest.mark.parametrize("save", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
 def test_code_in_a_pickle_is_refused_and_not_run(tiny, tmp_path, save):
     marker = tmp_path / "was_run"
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_bytes((tiny / "config.json").read_bytes())
     for file in ("evil.pth", "folder/diffusion_pytorch_model.bin"):
-        save({"encoder.conv_in.weight": RunsCode(marker)}, tmp_path / file)
+        save({"encoder.conv_in.weight": RunsCode(Path.touch, marker)}, tmp_path / file)
     for name in ("evil.pth", "folder"):
         with pytest.raises(UserError, match=f"{name} is not a whole"):
             load_autoencoder(tmp_path / name)
@@ -178,13 +171,11 @@ def test_diffusers_folders_that_are_not_whole_are_refused(tiny, tmp_path):
         load_autoencoder(tmp_path)
 
 
-def test_pipeline_folder(tiny, tmp_path):
-    (tmp_path / "vae").symlink_to(tiny)
-    assert load_autoencoder(tmp_path).identity == load_autoencoder(tiny).identity
-
-
-def test_identity_follows_the_weights_and_the_scale(tiny):
+def test_identity_follows_the_weights(tiny, tmp_path):
+    """Also from a pipeline's folder."""
     identity = load_autoencoder(tiny).identity
+    (tmp_path / "vae").symlink_to(tiny)
+    assert load_autoencoder(tmp_path).identity == identity
     assert load_autoencoder(tiny, dtype=torch.bfloat16).identity == identity
     vae = AutoencoderKL.from_pretrained(tiny)
     assert Autoencoder(vae).identity == identity
@@ -192,15 +183,19 @@ def test_identity_follows_the_weights_and_the_scale(tiny):
     assert Autoencoder(vae).identity["sha256"] != identity["sha256"]
 
 
-def test_autoencoder_with_a_shift_is_refused():
-    with pytest.raises(UserError, match=r"shift_factor=0\.1"):
-        Autoencoder(AutoencoderKL(**TINY, shift_factor=0.1))
-
-
-@pytest.mark.parametrize("scale", [None, 0, -1.0, math.nan, "1"])
-def test_autoencoder_without_a_scale_is_refused(scale):
-    with pytest.raises(UserError, match="normalize by one scaling_factor above 0; its config sets scaling_factor="):
-        Autoencoder(AutoencoderKL(**{**TINY, "scaling_factor": scale}))
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("shift_factor", 0.1, r"shift_factor=0\.1"),
+        *(
+            ("scaling_factor", v, "normalize by one scaling_factor above 0; its config sets scaling_factor=")
+            for v in (None, 0, -1.0, math.nan, "1")
+        ),
+    ],
+)
+def test_a_shift_or_no_scale_is_refused(setting, value, message):
+    with pytest.raises(UserError, match=message):
+        Autoencoder(AutoencoderKL(**{**TINY, setting: value}))
 
 
 def test_moments_and_pixels_are_diffusers_own(tiny):

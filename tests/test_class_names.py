@@ -8,44 +8,26 @@ from conftest import load_config
 from forked import run_forked
 from safetensors.torch import save_file
 
-import train as training
 from libs import checkpoint
 from libs.model import Model, class_label, class_names, config_json, find_classes, imagenet_names
 from libs.pipeline import DiMRPipeline
 from scripts import convert_checkpoint as converting
-from scripts import demo, sample
+from scripts import sample
 
 TREE = ["class0", "class1", "class2"]  # folders of the data of the tests
 SYNSETS = ["n01440764", *(f"n{10_000_000 + i}" for i in range(998)), "n15075141"]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("run")
-
-
-@pytest.fixture
-def trained(tiny_config, run_folder):
-    """The checkpoint of a run of three steps on the store of `TREE`."""
-    folder = run_folder / "ckpts" / "3.ckpt"
-    if not folder.exists():
-        tiny_config.train.n_steps = 3
-        training.train(tiny_config, run_folder)
-    return folder
 
 
 def saved_names(weights):
     return checkpoint.saved_settings(checkpoint.find_weights(weights))["class_names"]
 
 
-def test_names_go_from_the_data_with_the_weights_into_every_form(trained, tmp_path):
+def test_names_go_from_the_data_with_the_weights_into_every_form(trained_run, tmp_path):
     """Checkpoint, safetensors and pipeline; what diffusers saves again, too."""
+    trained = trained_run / "ckpts" / "3.ckpt"
     assert saved_names(trained) == TREE
-    one, pipeline, other = (
-        tmp_path / "own" / "a.safetensors",
-        tmp_path / "pipeline",
-        tmp_path / "other" / "b.safetensors",
-    )
+    one, pipeline = tmp_path / "own" / "a.safetensors", tmp_path / "pipeline"
+    other = tmp_path / "other" / "b.safetensors"
     for source, out in ((trained, one), (one, pipeline), (pipeline, other)):
         converting.convert(str(source), out)
         assert saved_names(out) == TREE
@@ -61,7 +43,8 @@ def test_names_go_from_the_data_with_the_weights_into_every_form(trained, tmp_pa
     assert checkpoint.saved_settings(tmp_path / "a.pth") is None
 
 
-def test_the_programs_take_names_and_write_them(trained, tmp_path, monkeypatch):
+def test_the_programs_take_names_and_write_them(trained_run, tmp_path, monkeypatch):
+    trained = trained_run / "ckpts" / "3.ckpt"
     for name, words in (("a.png", "class2,Class0"), ("b.png", "2,0")):
         flags = ("--nnet_path", trained, "--steps", 3, "--grid", tmp_path / name)
         done = run_forked("scripts/sample.py", "--classes", words, *flags)
@@ -71,33 +54,10 @@ def test_the_programs_take_names_and_write_them(trained, tmp_path, monkeypatch):
     model = Model.open(trained)
     drawn = []
     monkeypatch.setattr(sample, "draw_sheet", lambda cells, rows, columns: drawn.append((rows, columns)))
-    sample.sample_grid(model, [2, 3], 1, 0, [None], [3], ("class", "sample"))
+    sample.sample_grid(model, [2, 3], 1, 0, [None], [3])
     sample.trajectory_sheet(sample.with_settings(model, 0, None, 3), [1], [0])
     assert drawn[0] == ([""], ["class2", "no class"])
     assert drawn[1][0] == ["class1, branch 1 (1/2)", "class1, branch 2"]
-
-    assert [demo.caption(label, model.class_names) for label in demo.offered("class", model.class_names)] == [
-        "class0 (0)",
-        "class1 (1)",
-        "class2 (2)",
-        "no class (3)",
-    ]
-    assert demo.checked(model, "class1", None, 0, 2, 3, 2)[1] == [1, 1]
-
-
-def test_a_pixel_model_has_its_folders_names(tiny_images, tmp_path):
-    config = load_config("DiMR-M-3R_imagenet64")
-    config.z_shape = (3, 16, 16)
-    for stage in config.nnet.stages:
-        stage.dim, stage.depth, stage.num_heads = 8, 1, 2
-    config.dataset.update(path=str(tiny_images), n_classes=3, num_workers=0)
-    config.train.update(n_steps=1, batch_size=4)
-    training.train(config, tmp_path / "classes")
-    assert saved_names(tmp_path / "classes" / "ckpts" / "1.ckpt") == TREE
-    config.dataset.n_classes = 0
-    training.train(config, tmp_path / "none")
-    assert saved_names(tmp_path / "none" / "ckpts" / "1.ckpt") == []
-    assert Model.open(tmp_path / "none" / "ckpts" / "1.ckpt").class_names == []
 
 
 @pytest.mark.parametrize(
@@ -169,9 +129,8 @@ def test_a_number_is_the_label_even_where_a_class_is_called_so():
     """Folders 0 to 11 in sorted order: label 2 is called 10."""
     names = sorted(map(str, range(12)))
     assert names[2] == "10" and class_label("10", names) == 10 and class_label(10, names) == 10
-    assert find_classes("10", names) == [10, 2] and demo.chosen("10", None, names) == 10
+    assert find_classes("10", names) == [10, 2]
     assert [sample.class_caption(label, names) for label in (0, 2, 12)] == ["0", "10 (2)", "no class"]
-    assert demo.caption(2, names) == "10 (2)"
     assert (
         class_label("03", ["00", "01", "02", "03"]) == 3 and sample.class_caption(3, ["00", "01", "02", "03"]) == "03"
     )

@@ -2,18 +2,17 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from scripts import make_digits, score_digits, train_autoencoder
 
-ROOT = Path(__file__).resolve().parent.parent
 AUTOENCODER = ROOT / "assets/digits_autoencoder"
 
 
@@ -89,26 +88,11 @@ def test_digits_are_written_once_and_never_over_others(digits, tmp_path):
         make_digits.make_digits(tmp_path)
 
 
-def test_autoencoder_is_small():
-    assert sum(path.stat().st_size for path in AUTOENCODER.iterdir()) < 2_000_000
-
-
-@pytest.mark.parametrize(
-    "flag, message",
-    [
-        ("--n_steps=0", "--n_steps must be at least 1; found 0"),
-        ("--batch_size=0", "--batch_size must be at least 1; found 0"),
-        ("--lr=nan", "--lr must be at least 0; found nan"),
-        ("--lr=-1", "--lr must be at least 0; found -1"),
-        ("--kl_weight=-1", "--kl_weight must be at least 0; found -1"),
-        ("--picture=p.foo", "--picture must be a .png file; found the file p.foo"),
-        ("--out=/proc/x", "Cannot write /proc/x: .*, or set --out"),
-    ],
-)
-def test_training_of_the_autoencoder_refuses_before_it_begins(tmp_path, monkeypatch, flag, message):
-    monkeypatch.setattr("sys.argv", ["train_autoencoder.py", "--out", str(tmp_path / "out"), flag])
-    with pytest.raises(SystemExit, match=message):
-        train_autoencoder.main()
+def test_training_of_the_autoencoder_refuses_before_it_begins(tmp_path, monkeypatch):
+    for out, message in ((tmp_path, "exists: remove it"), ("/proc/x", "Cannot write /proc/x: .*, or set --out")):
+        monkeypatch.setattr("sys.argv", ["train_autoencoder.py", "--out", str(out)])
+        with pytest.raises(SystemExit, match=message):
+            train_autoencoder.main()
 
 
 def test_autoencoder_reconstructs_unseen_digits(held_out, reconstructed):
@@ -185,10 +169,6 @@ def test_later_losses_of_a_step_count(tmp_path):
     log.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "fid": 9}\n{"step": 1, "loss": 1}\n')
     steps, losses = score_digits.read_losses(log)
     assert steps.tolist() == [1, 2] and losses.tolist() == [1, 2]
-    for text, message in (("hello\n", "one JSON object"), ('{"step": 2, "fid": 9}\n', "holds no losses")):
-        log.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            score_digits.read_losses(log)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, overrides, run
+from conftest import ROOT, RunsCode, overrides, run
 from forked import Forked, run_forked
 from PIL import Image
-from test_train import assert_same_checkpoint, losses, wait_for_step
+from test_sharding import join
+from test_train import assert_same_checkpoint, log_lines, losses, wait_for_step
 
 import train as training
 from libs import UserError, checkpoint, images, train_state
@@ -35,18 +36,8 @@ from libs.train_state import read_checkpoint
 from scripts import posthoc_ema
 
 
-class Harmful:
-    """Unpickling it makes a file."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
-
-
-def start(config, workdir, *flags, program="train.py", env=None) -> Forked:
-    return Forked(program, *overrides(config), f"--workdir={workdir}", *flags, env=env)
+def start(config, workdir, program="train.py", env=None) -> Forked:
+    return Forked(program, *overrides(config), f"--workdir={workdir}", env=env)
 
 
 def resume_until(config, n_steps, workdir) -> int:
@@ -54,17 +45,10 @@ def resume_until(config, n_steps, workdir) -> int:
     return training.train(config, workdir)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return tmp_path_factory.mktemp("trained") / "run"
-
-
 @pytest.fixture
-def workdir(tiny_config, trained, tmp_path):
+def workdir(trained_run, tmp_path):
     """A work folder of 6 steps with checkpoints 3 and 6, of this test alone."""
-    if not trained.exists():
-        training.train(tiny_config, trained)
-    return shutil.copytree(trained, tmp_path / "run")
+    return shutil.copytree(trained_run, tmp_path / "run")
 
 
 # --- Killed and asked to stop -----------------------------------------------------------------------------------------
@@ -93,13 +77,11 @@ def test_killed_at_any_moment_it_resumes_exactly(tiny_config, tmp_path, precisio
     program = tmp_path / "fp16.py" if precision == "fp16" else "train.py"
     env = {"ACCELERATE_MIXED_PRECISION": "no" if precision == "fp16" else precision}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    _, errors = (process := start(tiny_config, straight, program=program, env=env)).communicate()
-    assert process.returncode == 0, errors
+    join([start(tiny_config, straight, program, env)])
     rng, hit = random.Random(0), 0
-    kinds = rng.sample(["start"] * 2 + ["training"] * 5 + ["writing"] * 5, 12)
-    for kind in kinds:
+    for kind in rng.sample(["start"] * 2 + ["training"] * 5 + ["writing"] * 5, 12):
         done, began = len(losses(killed)) if killed.exists() else 0, time.time_ns()
-        process = start(tiny_config, killed, program=program, env=env)
+        process = start(tiny_config, killed, program, env)
 
         def half_written(began=began):
             with contextlib.suppress(FileNotFoundError):
@@ -117,12 +99,10 @@ def test_killed_at_any_moment_it_resumes_exactly(tiny_config, tmp_path, precisio
             pass
         time.sleep(rng.random() * 0.03 if kind == "training" else 0)
         process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
+        join([process], expected=-signal.SIGKILL)
         hit += half_written() >= 0
     assert hit >= 3
-    _, errors = (process := start(tiny_config, killed, program=program, env=env)).communicate()
-    assert process.returncode == 0, errors
+    join([start(tiny_config, killed, program, env)])
     assert losses(killed) == losses(straight)
     assert_same_checkpoint(killed / "ckpts" / "120.ckpt", straight / "ckpts" / "120.ckpt")
 
@@ -134,8 +114,7 @@ def test_signals_save_and_ask_for_a_requeue(tiny_config, tmp_path, number):
     process = start(tiny_config, tmp_path / "run")
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+    join([process], expected=75)
     step = int((tmp_path / "run" / "requeue").read_text())
     assert [p.name for p in (tmp_path / "run" / "ckpts").iterdir()] == [f"{step}.ckpt"]
     for workdir in ("run", "straight"):
@@ -212,8 +191,7 @@ def test_a_work_folder_has_one_writer(tiny_config, tmp_path):
     process.communicate()
     assert resume_until(tiny_config, 2, tmp_path) == 0
     tiny_config.train.n_steps = 3
-    done = run_forked("train.py", *overrides(tiny_config), f"--workdir={tmp_path}")
-    assert done.returncode == 0, done.stderr  # this process lives on, its run has ended
+    join([start(tiny_config, tmp_path)])  # this process lives on, its run has ended
 
 
 def test_processes_that_see_different_checkpoints_do_not_train(tiny_config, tmp_path, monkeypatch):
@@ -248,8 +226,7 @@ def test_a_disk_full_for_some_steps(tiny_config, tmp_path):
         left = checkpoint.checkpoint_folders(disk / "run" / "ckpts")
         assert left and all(read_checkpoint(folder)[0]["step"] <= full + 1 for folder in left[:1])
         (disk / "filler").unlink()
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0 and "training goes on" in errors, errors
+        assert "training goes on" in join([process])[0]
         assert_same_checkpoint(disk / "run" / "ckpts" / "60.ckpt", tmp_path / "straight" / "ckpts" / "60.ckpt")
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
@@ -281,11 +258,11 @@ def test_full_disk_loses_log_lines_only(tmp_path, caplog):
     def full(metrics, step):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def keep(metrics, step):
+        kept.append(step)
+
     kept = []
-    trackers = [
-        SimpleNamespace(name="full", log=full),
-        SimpleNamespace(name="kept", log=lambda *a, **k: kept.append(a)),
-    ]
+    trackers = [SimpleNamespace(name=function.__name__, log=function) for function in (full, keep)]
     accelerator = SimpleNamespace(trackers=trackers, is_main_process=True, device=torch.device("cpu"))
     log = Logger(tmp_path, accelerator, 0, 10, 2, 1, 1.0)
     log.log(1, {"loss": 2.0})
@@ -298,7 +275,7 @@ def test_full_disk_loses_log_lines_only(tmp_path, caplog):
     log.path = path
     log.log(6, {"loss": 1.0})
     assert losses(tmp_path) == [2.0, 1.0]
-    assert len(kept) == 3 and caplog.text.count("full is given up, training goes on") == 1
+    assert kept == [1, 2, 6] and caplog.text.count("full is given up, training goes on") == 1
 
 
 @pytest.mark.slow
@@ -419,7 +396,7 @@ def test_not_finite_updates_are_skipped_and_counted(tiny_config, tmp_path, monke
 
     monkeypatch.setattr(LatentStore, "read", poisoned)
     training.train(tiny_config, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = log_lines(tmp_path / "run")
     assert [line["skipped_updates"] for line in lines] == [0, 1, 2, 2, 2, 2]
     assert np.isfinite([line["loss"] for line in lines[3:]]).all()
 
@@ -441,7 +418,7 @@ def test_damaged_files_are_named(workdir, damage, file):
     if damage == "remove":
         (folder / file).unlink()
     elif damage == "pickle":
-        (folder / file).write_bytes(pickle.dumps({"weight": Harmful(workdir / "code-has-run")}))
+        (folder / file).write_bytes(pickle.dumps({"weight": RunsCode(open, workdir / "code-has-run", "w")}))
         if file != "state.json":
             state = json.loads((folder / "state.json").read_text())
             digests = {**state.pop("sha256"), file: file_digest(folder / file)}
@@ -492,7 +469,7 @@ def test_checkpoints_of_another_program_are_not_touched(tiny_config, tmp_path):
 
 def test_a_pickle_to_start_from_is_refused_in_one_line(tiny_config, tmp_path):
     evil = tmp_path / "evil.pth"
-    torch.save({"weight": Harmful(tmp_path / "code-has-run")}, evil)
+    torch.save({"weight": RunsCode(open, tmp_path / "code-has-run", "w")}, evil)
     done = run_forked("train.py", *overrides(tiny_config), f"--config.init.path={evil}", f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     problem = "could not be read as a plain state dict: it is damaged, or holds more than tensors, that is, code"
@@ -534,19 +511,17 @@ def test_other_settings_may_change_with_a_warning(tiny_config, workdir, caplog):
     (workdir / "samples" / "1.png").write_bytes(b"damaged")
     training.train(tiny_config, workdir)
     assert "config.optimizer.lr: 0.003 there, 0.0005 now" in caplog.text
-    assert json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["lr"] == 5e-4
+    assert log_lines(workdir)[-1]["lr"] == 5e-4
     # columns of 16x16 samples, of steps 8 and 12, with 2 pixels of padding; the grid of step 4 has two rows
     assert Image.open(workdir / "samples" / "12.png").size == (2 * 18 + 2, 3 * 18 + 2)
     assert Image.open(workdir / "samples" / "strip.png").size == (2 * 18, 3 * 18 + 2)
 
 
-def test_starting_from_weights_of_another_size(tiny_config, tmp_path, tiny_autoencoder):
-    tiny_config.train.n_steps = 3
-    training.train(tiny_config, tmp_path / "first")
-    source = Model.open(tmp_path / "first" / "ckpts" / "3.ckpt", tiny_config).nnet
+def test_starting_from_weights_of_another_size(tiny_config, trained_run):
+    source = Model.open(trained_run / "ckpts" / "3.ckpt", tiny_config).nnet
     tiny_config.z_shape = (4, 16, 8)
     tiny_config.dataset.n_classes = 7
-    tiny_config.init.update(path=str(tmp_path / "first" / "ckpts" / "3.ckpt"), freeze=(r"^stages\.0\.blocks",))
+    tiny_config.init.update(path=str(trained_run / "ckpts" / "3.ckpt"), freeze=(r"^stages\.0\.blocks",))
     nnet = build_network(tiny_config)
     fresh = nnet.stages[0].class_embed.weight.clone()
     training.start_from(nnet, tiny_config)
@@ -591,10 +566,8 @@ def test_what_is_frozen_may_change_within_a_run(tiny_config, tmp_path, frozen_fi
         tiny_config.init.freeze = pattern if frozen else ()
         resume_until(tiny_config, n_steps, tmp_path)
     (_, first), (_, last) = (read_checkpoint(tmp_path / "ckpts" / f"{step}.ckpt") for step in (3, 6))
-    for before, tensors, frozen in (
-        (initial, first, frozen_first),
-        (first["nnet.safetensors"], last, not frozen_first),
-    ):
+    pairs = (initial, first, frozen_first), (first["nnet.safetensors"], last, not frozen_first)
+    for before, tensors, frozen in pairs:
         assert torch.equal(before[name], tensors["nnet.safetensors"][name]) == frozen
         assert (f"exp_avg/{name}" in tensors["optimizer.safetensors"]) == (not frozen)
     counts = [last["optimizer.safetensors"].get(f"step/{n}") for n in (name, "stages.1.skips.0.weight")]
@@ -652,8 +625,7 @@ def test_posthoc_script_on_a_run(tiny_config, tmp_path, monkeypatch):
     rebuilt, kept = (checkpoint.read_state_dict(p) for p in (out, last / "nnet_ema_width_0.1.safetensors"))
     assert all(torch.allclose(rebuilt[name], kept[name], atol=1e-5) for name in kept)
     assert checkpoint.ema_profile(out) == "width 0.1, reconstructed"
-    names = ["class0", "class1", "class2"]
-    saved = {"config": config_json(tiny_config), "step": 6, "class_names": names}
+    saved = {"config": config_json(tiny_config), "step": 6, "class_names": ["class0", "class1", "class2"]}
     assert checkpoint.saved_settings(out) == saved
     assert {file.name: checkpoint.ema_profile(file) for file in last.glob("nnet*")} == {
         "nnet.safetensors": "",

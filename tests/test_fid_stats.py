@@ -45,8 +45,6 @@ def test_statistics_of_a_folder_and_of_an_npz(images, source):
         ("--images absent.npz", r"absent\.npz"),
         ("--images other.npz", "no item named 'arr_0.npy'"),
         ("--images one.npz", "a covariance needs two or more"),
-        ("--images images.npz --batch_size 0", "--batch_size must be at least 1"),
-        ("--images images.npz --workers -1", "--workers at least 0"),
         ("--images images.npz --out images", "--out must be a file; found the folder images"),
         ("--images images.npz --out images.npz/x.npz", "Cannot write images.npz/x.npz: .*, or set --out"),
     ],

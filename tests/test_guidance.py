@@ -40,13 +40,6 @@ def level(schedule, t):
     return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 
-def test_guidance_weight():
-    assert sde.guidance_weight(0.3, 1.4) == 1.4
-    assert sde.guidance_weight(1.0, 3.0, 2.0) == 1.0
-    assert sde.guidance_weight(0.0, 3.0, 2.0) == pytest.approx(3.0)
-    assert sde.guidance_weight(0.5, 3.0, 1.0) == pytest.approx(2.0)
-
-
 @pytest.mark.parametrize("schedule", [sde.DiscreteSchedule(), sde.VPSDE(), sde.CosineSDE()])
 def test_interval_is_of_the_noise_level_and_saves_evaluations(schedule):
     """One call on 2 B images where there is guidance, on B where there is none; the same at every resolution."""

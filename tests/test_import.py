@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from conftest import RunsCode, contents
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from test_latents import damage
@@ -16,11 +17,6 @@ from libs.latents import LatentStore
 from scripts import import_latents, inspect_latents
 
 N, CLASSES, SCALE = 11, 5, 0.5
-
-
-@pytest.fixture
-def autoencoder(tiny_autoencoder):
-    return tiny_autoencoder
 
 
 def features(channels, n=N, seed=0):
@@ -61,107 +57,97 @@ def run(source, out, autoencoder, kind, *more):
     return store
 
 
-@pytest.mark.parametrize("form", ["objects", 2, 3, 4])
-def test_uvit(tmp_path, autoencoder, form):
-    store = run(write_uvit(tmp_path / "source", form), tmp_path / "out", autoencoder, "uvit", "--dtype", "float32")
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("objects", "float32"), (2, "float32"), (3, "float32"), (4, "float32"), ("objects", "float16")],
+)
+def test_uvit(tmp_path, tiny_autoencoder, form, dtype):
+    source = write_uvit(tmp_path / "source", form)
+    store = run(source, tmp_path / "out", tiny_autoencoder, "uvit", "--dtype", dtype)
     records, labels = store.read(range(N))
-    assert np.array_equal(records, features(8)) and np.array_equal(labels, LABELS)
+    assert np.array_equal(records, features(8).astype(dtype)) and np.array_equal(labels, LABELS)
     assert store.meta["resolution"] == 8 and not store.meta["flips"]
 
 
-def test_uvit_in_half_precision(tmp_path, autoencoder):
-    store = run(write_uvit(tmp_path / "source"), tmp_path / "out", autoencoder, "uvit")
-    assert np.array_equal(store.read(range(N))[0], features(8).astype(np.float16))
-
-
 @pytest.mark.parametrize("scaled", [True, False])
-def test_fast_dit_latents_are_what_training_draws(tmp_path, autoencoder, scaled):
+def test_fast_dit_latents_are_what_training_draws(tmp_path, tiny_autoencoder, scaled):
     for kind in ("features", "labels"):
         (tmp_path / "source" / f"imagenet256_{kind}").mkdir(parents=True)
     for i, (latent, label) in enumerate(zip(features(4), LABELS, strict=True)):
         np.save(tmp_path / "source" / "imagenet256_features" / f"{i}.npy", latent[None])
         np.save(tmp_path / "source" / "imagenet256_labels" / f"{i}.npy", np.array([label]))
     more = ["--dtype", "float32"] + ([] if scaled else ["--no-scaled"])
-    store = run(tmp_path / "source", tmp_path / "out", autoencoder, "fast-dit", *more)
+    store = run(tmp_path / "source", tmp_path / "out", tiny_autoencoder, "fast-dit", *more)
     records, labels = store.read(range(N))
-    latents = load_autoencoder(autoencoder).sample_latents(torch.from_numpy(records), torch.randn(N, 4, 4, 4))
+    latents = load_autoencoder(tiny_autoencoder).sample_latents(torch.from_numpy(records), torch.randn(N, 4, 4, 4))
     expected = torch.from_numpy(features(4)) * (1 if scaled else SCALE)
     torch.testing.assert_close(latents, expected, atol=5e-6, rtol=1e-5)
     assert np.array_equal(labels, LABELS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lightningdit(tmp_path, autoencoder, dtype):
+def test_lightningdit(tmp_path, tiny_autoencoder, dtype):
     (tmp_path / "source").mkdir()
     plain, mirrored = (torch.from_numpy(features(4, seed=seed)).to(dtype) for seed in (0, 1))
     for k, rows in enumerate((slice(0, 6), slice(6, 7), slice(7, N))):
         shard = {"latents": plain[rows], "latents_flip": mirrored[rows], "labels": torch.from_numpy(LABELS[rows])}
         shard = {name: tensor.contiguous() for name, tensor in shard.items()}
         save_file(shard, tmp_path / "source" / f"latents_rank00_shard{k:03d}.safetensors")
-    store = run(tmp_path / "source", tmp_path / "out", autoencoder, "lightningdit", "--dtype", "float32")
+    store = run(tmp_path / "source", tmp_path / "out", tiny_autoencoder, "lightningdit", "--dtype", "float32")
     records, labels = store.read(range(2 * N))
     assert store.meta["flips"] and np.array_equal(labels, np.repeat(LABELS, 2))
-    latents = load_autoencoder(autoencoder).sample_latents(torch.from_numpy(records), torch.randn(2 * N, 4, 4, 4))
+    latents = load_autoencoder(tiny_autoencoder).sample_latents(torch.from_numpy(records), torch.randn(2 * N, 4, 4, 4))
     torch.testing.assert_close(latents[::2] / SCALE, plain.float(), atol=5e-6, rtol=1e-5)
     torch.testing.assert_close(latents[1::2] / SCALE, mirrored.float(), atol=5e-6, rtol=1e-5)
 
 
-def test_interrupted_imports_are_continued(tmp_path, autoencoder, capsys, monkeypatch):
-    source = write_uvit(tmp_path / "source")
-    run(source, tmp_path / "whole", autoencoder, "uvit")
+def test_interrupted_imports_are_continued(tmp_path, tiny_autoencoder, capsys):
+    source, out = write_uvit(tmp_path / "source"), tmp_path / "out"
+    run(source, tmp_path / "whole", tiny_autoencoder, "uvit")
     (source / "9.npy").rename(tmp_path / "aside")
     (source / "9.npy").write_bytes(b"damaged")
     with pytest.raises(SystemExit, match=r"9\.npy is not a readable \.npy file"):
-        run(source, tmp_path / "out", autoencoder, "uvit")
-    assert len(list((tmp_path / "out").glob("latents-*.npy"))) == 2
+        run(source, out, tiny_autoencoder, "uvit")
+    assert len(list(out.glob("latents-*.npy"))) == 2
     (tmp_path / "aside").rename(source / "9.npy")
-    run(source, tmp_path / "out", autoencoder, "uvit")
-    for file in (tmp_path / "whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    run(source, out, tiny_autoencoder, "uvit")
+    assert contents(out) == contents(tmp_path / "whole")
     capsys.readouterr()
-    run(source, tmp_path / "out", autoencoder, "uvit")
+    run(source, out, tiny_autoencoder, "uvit")
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="other settings"):
-        run(source, tmp_path / "out", autoencoder, "uvit", "--dtype", "float32")
     save_uvit(source / "7.npy", features(8)[0], LABELS[7])
     with pytest.raises(SystemExit, match=r"1 shards \(latents-00001\.npy\) were made from another source"):
-        run(source, tmp_path / "out", autoencoder, "uvit")
-    (tmp_path / "out" / "latents-00001.npy").unlink()
-    assert np.array_equal(
-        run(source, tmp_path / "out", autoencoder, "uvit").read([7])[0][0], features(8)[0].astype("f2")
-    )
+        run(source, out, tiny_autoencoder, "uvit")
+    (out / "latents-00001.npy").unlink()
+    assert np.array_equal(run(source, out, tiny_autoencoder, "uvit").read([7])[0][0], features(8)[0].astype("f2"))
 
 
-def test_bad_sources_end_with_one_line(tmp_path, autoencoder):
-    with pytest.raises(SystemExit, match=r"absent should hold 0\.npy, 1\.npy, \.\.\. without gaps: 0\.npy is missing"):
-        run(tmp_path / "absent", tmp_path / "out", autoencoder, "uvit")
+def test_bad_sources_end_with_one_line(tmp_path, tiny_autoencoder):
     source = write_uvit(tmp_path / "source")
-    with pytest.raises(SystemExit, match="should hold one folder"):
-        run(source, tmp_path / "out", autoencoder, "fast-dit")
-    with pytest.raises(SystemExit, match=r"should hold LightningDiT's \.safetensors shards; found 0"):
-        run(source, tmp_path / "out", autoencoder, "lightningdit")
-    with pytest.raises(SystemExit, match="labels from 0 to 3: expected 0 to --n_classes - 1"):
-        run(source, tmp_path / "out", autoencoder, "uvit", "--n_classes", 2)
-    with pytest.raises(SystemExit, match="labels from 0 to 4: expected 0 to --n_classes - 1"):  # in the second shard
-        run(source, tmp_path / "out", autoencoder, "uvit", "--n_classes", 4)
-    run(source, tmp_path / "out", autoencoder, "uvit")
+    for name, kind, n_classes, message in (
+        ("absent", "uvit", 5, r"absent should hold 0\.npy, 1\.npy, \.\.\. without gaps: 0\.npy is missing"),
+        ("source", "fast-dit", 5, "should hold one folder"),
+        ("source", "lightningdit", 5, r"should hold LightningDiT's \.safetensors shards; found no record in 0"),
+        ("source", "uvit", 2, "labels from 0 to 3: expected 0 to --n_classes - 1"),
+        ("source", "uvit", 4, "labels from 0 to 4: expected 0 to --n_classes - 1"),  # in the second shard
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path / name, tmp_path / "out", tiny_autoencoder, kind, "--n_classes", n_classes)
     save_uvit(source / "5.npy", np.zeros((8, 4, 5), np.float32), 0)
     with pytest.raises(SystemExit, match=r"5\.npy should hold floats of shape \(8, 4, 4\), found .*\(8, 4, 5\)"):
-        run(source, tmp_path / "other", autoencoder, "uvit")
+        run(source, tmp_path / "other", tiny_autoencoder, "uvit")
     (source / "5.npy").unlink()
     with pytest.raises(SystemExit, match=r"without gaps: 5\.npy is missing"):
-        run(source, tmp_path / "other", autoencoder, "uvit")
-    with pytest.raises(SystemExit, match="6 channels, but the autoencoder's moments 8 and its latents 4"):
-        (tmp_path / "six").mkdir()
-        save_uvit(tmp_path / "six" / "0.npy", features(6)[0], 0)
-        run(tmp_path / "six", tmp_path / "other", autoencoder, "uvit")
+        run(source, tmp_path / "other", tiny_autoencoder, "uvit")
+    (tmp_path / "one").mkdir()
     for moments, label, message in (
+        (features(6)[0], 0, "6 channels, but the autoencoder's moments 8 and its latents 4"),
         (features(8)[0], -1, "labels from -1 to -1: expected 0 to --n_classes - 1"),
         (np.zeros((8, 0, 8), np.float32), 0, r"empty records: expected \(channels, h, w\), found \(8, 0, 8\)"),
     ):
-        save_uvit(tmp_path / "six" / "0.npy", moments, label)
+        save_uvit(tmp_path / "one" / "0.npy", moments, label)
         with pytest.raises(SystemExit, match=message):
-            run(tmp_path / "six", tmp_path / "fresh", autoencoder, "uvit")
+            run(tmp_path / "one", tmp_path / "fresh", tiny_autoencoder, "uvit")
 
 
 def test_lightningdit_shards_that_do_not_fit(tmp_path):
@@ -175,8 +161,8 @@ def test_lightningdit_shards_that_do_not_fit(tmp_path):
     four, five, none = (2, 4, 4, 4), (2, 4, 5, 5), (0, 4, 4, 4)
     for shards, message in (
         ([{"latents": torch.zeros(four), "labels": torch.zeros(2)}], r"0\.safetensors is not a shard.*latents_flip"),
-        ([shard(none, none, 0)], r"shards; found 1 empty"),
-        ([shard(four, five, 2)], r"0\.safetensors is not a shard .*latents_flip .*5, 5"),
+        ([shard(none, none, 0)], r"shards; found no record in 1"),
+        ([shard(four, five, 2)], r"0\.safetensors is not a shard .*: found latents .*4, 4.*, latents_flip .*5, 5"),
         ([shard(four, four, 2), shard(five, five, 2)], r"1\.safetensors .* found latents .*5, 5.*; first .*4, 4"),
         ([b"damaged"], r"0\.safetensors is not a shard"),
     ):
@@ -189,14 +175,6 @@ def test_lightningdit_shards_that_do_not_fit(tmp_path):
     save_file(shard(four, four, 2, torch.float32), tmp_path / "0.safetensors")
     with pytest.raises(UserError, match=r"labels \('F32', 2\)"):
         LightningDiTFolder(tmp_path)
-
-
-class RunsCode:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
@@ -242,14 +220,6 @@ def test_a_pickle_that_would_take_all_memory_or_time_is_refused(tmp_path, data):
         read_pair(tmp_path / "x")
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
-
-
-def test_a_pair_that_holds_itself_is_refused(tmp_path):
-    itself = as_objects(None, 1)
-    itself[0] = itself
-    np.save(tmp_path / "x", itself, allow_pickle=True)
-    with pytest.raises(UserError, match=r"x\.npy is not a pair .*values of dtype O8"):
-        read_pair(tmp_path / "x.npy")
 
 
 def test_stand_ins_cannot_be_changed(tmp_path):
@@ -301,20 +271,23 @@ def test_damaged_npy_files(tmp_path):
             assert str(file) in str(error)
 
 
-def test_a_plain_npy_is_no_pair_and_a_pickled_one_no_plain_array(tmp_path):
-    np.save(tmp_path / "0.npy", features(8)[0])
-    with pytest.raises(UserError, match=r"0\.npy is not a pair"):
-        read_pair(tmp_path / "0.npy")
-    save_uvit(tmp_path / "1.npy", features(8)[0], 0)
-    with pytest.raises(UserError, match=r"1\.npy is not a whole \.npy file of numbers: found object"):
-        read_plain_npy(tmp_path / "1.npy")
+def test_what_is_no_pair_and_what_no_plain_array(tmp_path):
+    itself = as_objects(None, 1)
+    itself[0] = itself
+    np.save(tmp_path / "0.npy", itself, allow_pickle=True)
+    np.save(tmp_path / "1.npy", features(8)[0])
+    for name, message in (("0.npy", ".*values of dtype O8"), ("1.npy", "")):
+        with pytest.raises(UserError, match=rf"{name} is not a pair{message}"):
+            read_pair(tmp_path / name)
+    with pytest.raises(UserError, match=r"0\.npy is not a whole \.npy file of numbers: found object"):
+        read_plain_npy(tmp_path / "0.npy")
 
 
-def test_inspect_prints_verifies_and_draws(tmp_path, autoencoder, capsys):
-    run(write_uvit(tmp_path / "source"), tmp_path / "out", autoencoder, "uvit")
+def test_inspect_prints_verifies_and_draws(tmp_path, tiny_autoencoder, capsys):
+    run(write_uvit(tmp_path / "source"), tmp_path / "out", tiny_autoencoder, "uvit")
     capsys.readouterr()
     png = tmp_path / "samples.png"
-    inspect_latents.main([str(tmp_path / "out"), "--verify", "--png", str(png), "--autoencoder", str(autoencoder)])
+    inspect_latents.main([str(tmp_path / "out"), "--verify", "--png", str(png), "--autoencoder", str(tiny_autoencoder)])
     printed = capsys.readouterr().out
     assert "11 of shape (8, 4, 4) float16" in printed and "5 with 2 to 3 images: 0, 1, 2" in printed
     assert "every file has the checksum" in printed and png.stat().st_size > 1000
@@ -324,9 +297,9 @@ def test_inspect_prints_verifies_and_draws(tmp_path, autoencoder, capsys):
         inspect_latents.main([str(tmp_path / "out"), "--verify"])
 
 
-def test_inspect_refuses_another_autoencoder(tmp_path, autoencoder):
-    run(write_uvit(tmp_path / "source"), tmp_path / "out", autoencoder, "uvit")
-    vae = AutoencoderKL.from_pretrained(autoencoder)
+def test_inspect_refuses_another_autoencoder(tmp_path, tiny_autoencoder):
+    run(write_uvit(tmp_path / "source"), tmp_path / "out", tiny_autoencoder, "uvit")
+    vae = AutoencoderKL.from_pretrained(tiny_autoencoder)
     with torch.no_grad():
         vae.quant_conv.bias += 1
     vae.save_pretrained(tmp_path / "other")

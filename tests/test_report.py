@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import load_config, overrides, quick_distance, run
 from PIL import Image
+from test_train import log_lines
 
 import eval as evaluation
 import train as training
@@ -128,24 +129,23 @@ def test_report_holds_what_decides_the_numbers(tmp_path):
 # --- From the commands ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return tmp_path_factory.mktemp("trained")
+@pytest.fixture
+def weights(trained_run):
+    return trained_run / "ckpts" / "6.ckpt"
 
 
 @pytest.fixture
-def weights(tiny_config, trained):
-    if not (trained / "ckpts").exists():
-        training.train(tiny_config, trained)
-    return trained / "ckpts" / "6.ckpt"
-
-
-@pytest.mark.slow
-def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, inception_assets, tmp_path, monkeypatch):
-    """eval.py --metrics and evaluate_npz.py on the same images, as PNGs or as one .npz: the same numbers."""
+def inception(inception_assets, monkeypatch):
+    """Random weights for the suite, of which this is the assets folder, and a distance that takes no time."""
     monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
     monkeypatch.setattr(evaluate_npz, "ASSETS", inception_assets)
+    return inception_assets
+
+
+@pytest.mark.slow
+def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, inception, tmp_path):
+    """eval.py --metrics and evaluate_npz.py on the same images, as PNGs or as one .npz: the same numbers."""
     reference = tmp_path / "reference.npz"
     np.savez(reference, np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
     tiny_config.sample.n_samples = 6
@@ -156,11 +156,8 @@ def test_sampling_and_scoring_in_one_command_and_in_two(tiny_config, weights, in
     assert first["sampling"]["weights_sha256"] == file_digest(weights / "nnet_ema.safetensors")
     assert first["samples"]["labels"] == {"classes": 3, "fewest": 2, "most": 2}
     assert first["not_computed"] == {} and first["fid"] > 0
-    assert {path.name for path in (tmp_path / "images_report").iterdir()} == {
-        "metrics.json",
-        "report.md",
-        "samples.png",
-    }
+    written = {path.name for path in (tmp_path / "images_report").iterdir()}
+    assert written == {"metrics.json", "report.md", "samples.png"}
 
     img2npz([tmp_path / "images"], tmp_path / "images.npz")
     for samples in ("images.npz", "images"):
@@ -184,27 +181,21 @@ runpy.run_path("eval.py", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_score_as_the_sweep_does_alone(
-    tiny_config, weights, inception_assets, tmp_path, monkeypatch
-):
+def test_two_processes_sample_and_score_as_the_sweep_does_alone(tiny_config, weights, inception, tmp_path, monkeypatch):
     """eval.py --metrics shared by two, and the guidance sweep by ADM's suite on one process: the same five scores."""
     (tmp_path / "quick_scores.py").write_text(QUICK_SCORES)
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "checkpoints").symlink_to(inception_assets / "inception")
     reference = tmp_path / "reference.npz"
     np.savez(reference, np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
     tiny_config.sample.update(n_samples=10, mini_batch_size=5)  # two batches of images and two of features
     out = tmp_path / "images"
     flags = [*overrides(tiny_config), f"--nnet_path={weights}", f"--IMGsave_path={out}", f"--metrics={reference}"]
-    done = run(tmp_path / "quick_scores.py", *flags, processes=2, env={"TORCH_HOME": str(tmp_path)})
+    done = run(tmp_path / "quick_scores.py", *flags, processes=2, env={"TORCH_HOME": str(inception)})
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "images_report" / "metrics.json").read_text())
 
-    monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
     monkeypatch.setattr(utils, "score_sets", functools.partial(utils.score_sets, batch_size=6))
     sample = tiny_config.sample
     setting = sweep_guidance.Setting(sample.scale, sample.scale_pow, None, sample.sample_steps)
-    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
     scorer = sweep_guidance.open_scorer(str(reference), "", tiny_config)
     ((_, scores),) = sweep_guidance.sweep(tiny_config, str(weights), tmp_path / "sweep", [setting], scorer)
     assert set(scores) == set(evaluate_npz.NAMES)
@@ -213,15 +204,13 @@ def test_two_processes_sample_and_score_as_the_sweep_does_alone(
     assert "| FID |" in (tmp_path / "sweep" / "sweep.md").read_text()
 
 
-def test_scores_while_training(tiny_config, inception_assets, tmp_path, monkeypatch):
+def test_scores_while_training(tiny_config, inception, tmp_path):
     """FID of the EMA weights goes into the log; its images are removed. Another size is refused at the start."""
-    monkeypatch.setattr(metrics, "frechet_distance", quick_distance)
-    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
     tiny_config.fid_stat = str(tmp_path / "reference.npz")
     np.savez(tiny_config.fid_stat, mu=np.zeros(2048), sigma=np.eye(2048))
     tiny_config.train.update(n_steps=2, fid_interval=2, fid_samples=3)
     training.train(tiny_config, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = log_lines(tmp_path / "run")
     assert [(line["step"], line["fid"] > 0) for line in lines if "fid" in line] == [(2, True)]
     assert not list((tmp_path / "run" / "fid").iterdir())
     np.savez(tiny_config.fid_stat, np.zeros((4, 8, 8, 3), np.uint8))
@@ -231,8 +220,7 @@ def test_scores_while_training(tiny_config, inception_assets, tmp_path, monkeypa
     assert not (tmp_path / "other").exists()
 
 
-def test_a_failed_fid_does_not_end_the_training(tiny_config, inception_assets, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
+def test_a_failed_fid_does_not_end_the_training(tiny_config, inception, tmp_path, monkeypatch, caplog):
     tiny_config.fid_stat = str(tmp_path / "reference.npz")
     np.savez(tiny_config.fid_stat, mu=np.zeros(2048), sigma=np.eye(2048))
     tiny_config.train.update(n_steps=2, fid_interval=1, fid_samples=3)
@@ -247,11 +235,8 @@ def test_a_failed_fid_does_not_end_the_training(tiny_config, inception_assets, t
 
 
 FULL_ON_ONE = """
-import os, sys
+import os, runpy, sys
 sys.path.insert(0, ".")
-import train
-from configs.common import check_fields
-from libs import launch
 from libs.sample_set import SetWriter
 
 def full(*args):
@@ -259,21 +244,17 @@ def full(*args):
 
 if os.environ["RANK"] == "1":
     SetWriter.put = full
-launch.define_config_flag("")
-train.flags.DEFINE_string("workdir", None, "")
-launch.run(train.main, check_fields)
+runpy.run_path("train.py", run_name="__main__")
 """
 
 
 @pytest.mark.slow
 def test_a_fid_that_failed_on_one_of_two_processes_is_left_out_by_both(tiny_config, inception_assets, tmp_path):
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "checkpoints").symlink_to(inception_assets / "inception")
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (tmp_path / "full.py").write_text(FULL_ON_ONE)
     tiny_config.train.update(n_steps=2, fid_interval=1, fid_samples=12, eval_interval=10)
     flags = [*overrides(tiny_config), f"--config.fid_stat={tmp_path / 'reference.npz'}", f"--workdir={tmp_path / 'w'}"]
-    done = run(tmp_path / "full.py", *flags, processes=2, env={"TORCH_HOME": str(tmp_path)})
+    done = run(tmp_path / "full.py", *flags, processes=2, env={"TORCH_HOME": str(inception_assets)})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no FID at this step, training goes on: [Errno 28] No space left on device") == 4
     assert (tmp_path / "w" / "ckpts" / "2.ckpt").is_dir() and not list((tmp_path / "w" / "fid").iterdir())
@@ -293,20 +274,14 @@ def test_what_scoring_lacks_is_said_before_sampling(tiny_config, weights, incept
     cut.write_bytes((inception_assets / "inception" / WEIGHTS).read_bytes()[:100_000])
     with pytest.raises(ValueError, match="damaged or not pytorch-fid's Inception"):
         evaluation.evaluate(tiny_config, str(weights), tmp_path / "images", str(reference))
-    tiny_config.train.update(n_steps=2, fid_interval=2)
-    tiny_config.fid_stat = str(reference)
-    with pytest.raises(ValueError, match="damaged or not pytorch-fid's Inception"):
-        training.train(tiny_config, tmp_path / "images")
     cut.unlink()
     assert not (tmp_path / "images").exists()
+    tiny_config.fid_stat = str(reference)
     evaluation.evaluate(tiny_config, str(weights), tmp_path / "images")  # not asked for: said and left out
     assert len(list((tmp_path / "images").glob("*.png"))) == 12
 
 
-def test_too_few_images_to_score_are_said_before_sampling(
-    tiny_config, weights, inception_assets, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(utils, "find_inception", lambda assets: find_inception(inception_assets))
+def test_too_few_images_to_score_are_said_before_sampling(tiny_config, weights, inception, tmp_path, caplog):
     reference = tmp_path / "reference.npz"
     np.savez(reference, np.zeros((4, 16, 16, 3), np.uint8))
     tiny_config.sample.n_samples = 3

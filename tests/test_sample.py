@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_config, run
+from conftest import load_config, run, save_weights
 from forked import run_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import pipeline_of, save_weights
+from test_pipeline import pipeline_of
 from tqdm import tqdm
 
 import eval as evaluation
@@ -19,15 +19,6 @@ import sde
 from libs.model import Model, config_json, open_autoencoder
 from scripts import convert_checkpoint as converting
 from scripts import sample
-
-
-@pytest.fixture
-def weights(tiny_config, tmp_path):
-    """A tiny model with its config inside; its batches do not divide the set."""
-    torch.manual_seed(5)
-    tiny_config.sample.update(n_samples=9, mini_batch_size=4)
-    save_weights(tiny_config, tmp_path / "tiny.safetensors")
-    return tmp_path / "tiny.safetensors"
 
 
 @pytest.fixture
@@ -51,24 +42,20 @@ def test_the_program_draws_the_grid_and_the_trajectory(weights, model, tmp_path)
     """Cells are the pictures enlarged by a whole factor, where their captions say."""
     grid = tmp_path / "out" / "grid.png"
     flags = ("--classes", "2,0", "--per_class", 2, "--seed", 0, "--cfg", "1,3", "--steps", "3,5", "--trajectory")
-    done = run("scripts/sample.py", *flags, "--columns", " guidance", "--nnet_path", weights, "--grid", grid)
+    done = run("scripts/sample.py", *flags, "--nnet_path", weights, "--grid", grid)
     assert done.returncode == 0, done.stderr
     pixels = np.asarray(Image.open(grid))
-    made = {
-        (scale, steps): sample.draw_samples(sample.with_settings(model, 0, scale, steps), [2, 2, 0, 0])
-        for scale in (1.0, 3.0)
-        for steps in (3, 5)
-    }
-    left = pixels.shape[1] - 2 * 100
-    top = pixels.shape[0] - 8 * 100
-    for r, (index, steps) in enumerate((i, s) for i in range(4) for s in (3, 5)):
-        for c, scale in enumerate((1.0, 3.0)):
+    settings = [(scale, steps) for scale in (1.0, 3.0) for steps in (3, 5)]
+    made = [sample.draw_samples(sample.with_settings(model, 0, *setting), [2, 2, 0, 0]) for setting in settings]
+    left, top = pixels.shape[1] - 4 * 100, pixels.shape[0] - 4 * 100
+    for r, row in enumerate(made):
+        for c, expected in enumerate(row):
             cell = pixels[top + r * 100 : top + r * 100 + 96, left + c * 100 : left + c * 100 + 96]
-            assert np.array_equal(cell[::6, ::6], made[scale, steps][index])
+            assert np.array_equal(cell[::6, ::6], expected)
     trajectory = np.asarray(Image.open(tmp_path / "out" / "grid_trajectory.png"))
     assert trajectory.shape[0] - 4 * 100 in range(10, 60)  # two classes, two branches
     shown = trajectory[-2 * 100 - 4 - 96 : -2 * 100 - 4 : 6]  # (the first class's finest row, at its last column)
-    assert np.array_equal(shown[:, -100:-4:6], made[1.0, 3][0])
+    assert np.array_equal(shown[:, -100:-4:6], made[0][0])
 
 
 def test_without_classes_it_takes_the_first_ten(weights, tmp_path):
@@ -160,7 +147,6 @@ def test_errors_are_one_line_and_write_nothing(weights, tmp_path, monkeypatch):
         (("--steps", "1"), grid, "error: config.sample.sample_steps must be at least 3 for dpm_solver; found 1"),
         (("--classes", "1", "--autoencoder", "none.pth"), grid, "none.pth"),
         (("--classes", "1", "--config", "configs/digits.py"), grid, "trained with another config (dataset.n_classes"),
-        (("--columns", "class,steps,class"), grid, "error: --columns must be some of class, sample, guidance, steps"),
         (("--steps", "3"), tmp_path / "o.jpg", "error: --grid must be a .png"),
         (("--steps", "3"), tmp_path / "file" / "o.png", "set --grid"),
     ):

@@ -93,17 +93,6 @@ def test_a_full_disk_does_not_pass_unseen(tmp_path, monkeypatch):
         write_part(tmp_path / "set")
 
 
-def test_missing_and_cut_files_are_found_and_half_written_ones_removed(tmp_path):
-    folder = write_part(tmp_path / "set")
-    assert missing_files(folder, range(12)) == []
-    (folder / "3.png").unlink()
-    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:-5])
-    assert missing_files(folder, range(12)) == [3, 7] and missing_files(folder, [1, 3]) == [3]
-    (folder / ".3.png.99.tmp").write_bytes(b"half")
-    sample_set.remove_temporaries(folder)
-    assert len(list(folder.iterdir())) == 11 + 2
-
-
 # --- Reading and merging ----------------------------------------------------------------------------------------------
 
 

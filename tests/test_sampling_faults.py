@@ -1,4 +1,4 @@
-"""One set sampled by any number of processes, under SIGKILL and in parts: the same bytes."""
+"""A set sampled, and a latent store extracted, by any number of processes and under SIGKILL: the same bytes."""
 
 import random
 import time
@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_config, overrides
-from safetensors.torch import save_file
+from conftest import contents, make_tiny_config, overrides, save_weights
 from test_sharding import join, start_ranks
 
-from img2npz import img2npz
-from libs.model import build_network
+from libs.latents import LatentStore
 
 pytestmark = pytest.mark.slow
-N_SAMPLES, KILLS = 150, 5
+N_SAMPLES = 150
 
 
 @pytest.fixture(scope="module")
@@ -24,60 +22,66 @@ def command(tmp_path_factory, tiny_autoencoder, tiny_latents) -> list[str]:
     config.sample.update(n_samples=N_SAMPLES, mini_batch_size=3, sample_steps=20)
     weights = tmp_path_factory.mktemp("weights") / "nnet.safetensors"
     torch.manual_seed(0)
-    save_file(build_network(config).state_dict(), weights)
+    save_weights(config, weights)
     return ["eval.py", *overrides(config), f"--nnet_path={weights}"]
-
-
-def start(command: list[str], folder: Path, processes: int, *flags: str) -> list:
-    return start_ranks(*command, f"--IMGsave_path={folder}", *flags, processes=processes)
 
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory) -> Path:
     """The set as one process makes it."""
     folder = tmp_path_factory.mktemp("whole") / "images"
-    join(start(command, folder, 1))
+    join(start_ranks(*command, f"--IMGsave_path={folder}", processes=1))
     assert len(contents(folder)) == N_SAMPLES + 2  # the labels and the settings too
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def kill_at_random_moments(command, processes, kills, folder, pattern, most) -> list[int]:
+    """Run a command again and again; returns the number of files of `pattern` after each kill.
 
+    A third of the kills come while the processes start, the others once 1 to `most` more files are there.
+    """
 
-def n_files(folder: Path) -> int:
-    return sum(not path.name.startswith(".") for path in folder.iterdir()) if folder.is_dir() else 0
+    def n_files():
+        return len(list(folder.glob(pattern)))
 
-
-@pytest.mark.parametrize("processes", [2, 3, 5])
-def test_any_number_of_processes_makes_the_same_files(command, whole, tmp_path, processes):
-    join(start(command, tmp_path / "images", processes))
-    assert contents(tmp_path / "images") == contents(whole)
-
-
-def test_killed_at_random_moments_and_run_again_the_files_are_the_same(command, whole, tmp_path):
-    """A third of the kills while the processes start, the others once some more files are there."""
-    rng, folder, found = random.Random(0), tmp_path / "images", []
-    for kill in range(KILLS):
-        goal = max(n_files(folder), 2) + rng.randint(1, N_SAMPLES // (KILLS + 1))
+    rng, found = random.Random(0), []
+    for kill in range(kills):
+        goal = n_files() + rng.randint(1, most)
         begun, seconds = time.monotonic(), 120 if kill % 3 else rng.random()
-        ranks = start(command, folder, 3)
-        while n_files(folder) < goal and time.monotonic() < begun + seconds:
+        ranks = start_ranks(*command, processes=processes)
+        while n_files() < goal and time.monotonic() < begun + seconds:
             time.sleep(0.001)
         for rank in ranks:
             rank.kill()
         for rank in ranks:
             rank.communicate()
-        found.append(n_files(folder))
-    assert found == sorted(found) and 2 < found[1] < found[-1] < N_SAMPLES, found
-    join(start(command, folder, 3))
-    assert contents(folder) == contents(whole)
+        found.append(n_files())
+    assert found == sorted(found) and 0 < found[1] < found[-1], found
+    return found
 
 
-def test_two_parts_cut_within_a_batch_make_the_same_npz(command, whole, tmp_path):
-    middle, parts = N_SAMPLES // 2 + 2, [tmp_path / "part0", tmp_path / "part1"]
-    join(start(command, parts[0], 2, f"--indices=0:{middle}"))
-    join(start(command, parts[1], 1, f"--indices={middle}:{N_SAMPLES}"))
-    img2npz([whole], tmp_path / "whole.npz")
-    img2npz(parts, tmp_path / "merged.npz")
-    assert (tmp_path / "merged.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_any_number_of_processes_makes_the_same_files(command, whole, tmp_path, processes):
+    join(start_ranks(*command, f"--IMGsave_path={tmp_path / 'images'}", processes=processes))
+    assert contents(tmp_path / "images") == contents(whole)
+
+
+def test_killed_and_run_again_the_set_is_the_same(command, whole, tmp_path):
+    command = [*command, f"--IMGsave_path={tmp_path / 'images'}"]
+    found = kill_at_random_moments(command, 3, 5, tmp_path / "images", "[0-9]*.png", most=N_SAMPLES // 6)
+    assert found[-1] < N_SAMPLES
+    join(start_ranks(*command, processes=3))
+    assert contents(tmp_path / "images") == contents(whole)
+
+
+def test_killed_and_run_again_the_store_is_the_same(tiny_images, tiny_autoencoder, tmp_path):
+    """60 shards of two records."""
+    flags = {"images": tiny_images, "autoencoder": tiny_autoencoder, "resolution": 16, "shard_size": 1, "workers": 0}
+    command = ["scripts/extract_imagenet_feature.py", *(f"--{name}={value}" for name, value in flags.items())]
+    join(start_ranks(*command, f"--out={tmp_path / 'whole'}", processes=1))
+    command.append(f"--out={tmp_path / 'killed'}")
+    kill_at_random_moments(command, 2, 6, tmp_path / "killed", "latents-*.json", most=8)
+    assert not (tmp_path / "killed" / "index.json").exists()
+    join(start_ranks(*command, processes=2))
+    LatentStore(tmp_path / "killed").verify()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

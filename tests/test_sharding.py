@@ -3,10 +3,9 @@
 As a program under a launcher (`tests/test_sharding.py WHAT ...`) this file is what each process of a test does.
 """
 
-import json
+import runpy
 import shutil
 import signal
-import socket
 import sys
 from types import SimpleNamespace
 
@@ -14,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import load_config, overrides
+from conftest import free_port, make_tiny_config, overrides
 from forked import Forked
-from test_train import assert_same_checkpoint, assert_same_tensors, losses, wait_for_step
+from test_train import assert_same_checkpoint, assert_same_tensors, log_lines, losses, wait_for_step
 
 import train as training
-from configs.common import check_fields
-from libs import checkpoint, launch, sharding
+from libs import checkpoint, sharding
 from libs.model import build_network
 from libs.optim import EMA, make_adamw
 from libs.train_state import TrainState, read_checkpoint
@@ -28,18 +26,11 @@ from libs.train_state import TrainState, read_checkpoint
 SHARDED = "--config.train.sharded=True"
 
 
-def column(workdir, name) -> list[float]:
-    return [json.loads(line)[name] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def start_ranks(*command, processes=2, own=None, **env) -> list[Forked]:
     """Start the processes of a run without a launcher: a test can stop one of them. `own`: further words for each."""
     own = own or [[]] * processes
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = range(processes)
     return [Forked(*command, *own[k], env={**env, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in ranks]
 
@@ -90,8 +81,9 @@ def test_losses_are_ddps(config, runs):
         assert (workdir / "samples" / "8.png").exists()
     ddp, sharded = runs
     np.testing.assert_allclose(losses(sharded), losses(ddp), rtol=2e-5)
-    np.testing.assert_allclose(column(sharded, "grad_norm"), column(ddp, "grad_norm"), rtol=1e-4)
-    assert min(column(ddp, "grad_norm")) > config.train.grad_clip  # clipping was at work
+    norms = [[line["grad_norm"] for line in log_lines(workdir)] for workdir in runs]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
+    assert min(norms[0]) > config.train.grad_clip  # clipping was at work
     whole, half = (float(line.split(" MB")[0].split()[-1]) for line in said)
     assert half == pytest.approx(whole / 2, rel=0.02)
     assert said[0].endswith("whole") and said[1].endswith("FSDP")
@@ -213,19 +205,14 @@ def full_disk():
         save_file(tensors, path, metadata)
 
     checkpoint.save_file = full_at_first
-    launch.define_config_flag("")
-    training.flags.DEFINE_string("workdir", None, "")
-    launch.run(training.main, check_fields)
+    runpy.run_path("train.py", run_name="__main__")
 
 
 def pieces(folder):
     """Against the same network whole: weights read and written, gradients, their norm, updates, averages, fp16."""
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    config = load_config("digits")
-    config.dataset.n_classes = 3
-    for stage in config.nnet.stages:
-        stage.dim, stage.depth = 16, 3
+    config = make_tiny_config("", "")
     _, tensors = read_checkpoint(training.Path(folder))
 
     def build(sharded):
@@ -273,7 +260,7 @@ def pieces(folder):
                 outputs = each.nnet(x[rows], t[rows], y[rows])
             sum(output.float().square().mean() for output in outputs).backward()
         norms = [each.update(0.01) for each in (plain, state)]
-        torch.testing.assert_close(norms[1], norms[0], rtol=1e-2 if bf16 else 1e-5, atol=0)
+        torch.testing.assert_close(norms[1], norms[0], rtol=1e-2 if bf16 else 2e-5, atol=0)
         if not bf16:
             for one, other in ((nnet, plain.nnet), (ema, plain_ema)):
                 for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
