@@ -20,6 +20,8 @@ from torch import Tensor
 Network = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]  # (x, t, y) -> R predictions, coarsest first
 NoiseModel = Callable[[Tensor, float], Tensor]  # eps(x, t): x (B, C, H, W), one time t for the batch
 PREDICTIONS = ("eps", "v", "x")  # noise, velocity and data
+TIME_LAWS = ("uniform", "logit_normal")  # of the times that are trained
+WEIGHTINGS = ("unit", "min_snr")  # of the loss over times
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
 
@@ -70,7 +72,9 @@ class Schedule(ABC):
         first, last = self.t_end if first is None else first, self.t_start if last is None else last
         if shift == 1:
             return torch.linspace(first, last, n + 1, dtype=torch.float64)
-        return last + (first - last) * shift_times(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
+        times = last + (first - last) * shift_times(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
+        times[0], times[-1] = first, last  # rounding must not leave the schedule
+        return times
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Compute x_t for a batch: x0 and eps (B, C, H, W), t (B,)."""
@@ -110,7 +114,7 @@ class VariancePreserving(Schedule):
         return self.log_alpha_bar(t) / 2
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(self.log_alpha_bar(t))).sqrt()
+        return (-torch.expm1(self.log_alpha_bar(t))).clamp_min(0).sqrt()  # at t = 0 rounding can be on the other side
 
     def lambda_(self, t: Tensor) -> Tensor:
         log_alpha_bar = self.log_alpha_bar(t)

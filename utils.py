@@ -49,12 +49,20 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
 
 # --- Settings that would fail late or silently ------------------------------------------------------------------------
 
+LEAST = 1e-3  # of what must be above 0
+
 # Numbers, and those of tuples: the least allowed, and the largest.
-SAMPLING_RANGES = {"seed": (0, 2**63 - 1), "sample.n_samples": (1, math.inf), "sample.mini_batch_size": (1, math.inf)}
+SAMPLING_RANGES = {
+    "seed": (0, 2**63 - 1),
+    **{f"sample.{name}": (1, math.inf) for name in ("n_samples", "mini_batch_size")},
+    "sample.time_shift": (LEAST, math.inf),
+}
 TRAINING_RANGES = {  # what would otherwise be silently wrong
     "train.keep_last": (1, math.inf),
     **{name: (0, math.inf) for name in ("train.grad_clip", "lr_scheduler.warmup_steps")},
     **{name: (0, math.nextafter(1, 0)) for name in ("ema.rate", "ema.extra_rates")},
+    **{name: (LEAST, math.inf) for name in ("time_std", "time_shift")},
+    "time_mean": (-100, 100),
     "dataset.p_uncond": (0, 1),
 }
 
@@ -95,7 +103,8 @@ def training_mistakes(config: ml_collections.ConfigDict) -> Iterator[str]:
     """Describe the training settings that cannot work."""
     train = config.train
     yield from out_of_range(config, TRAINING_RANGES)
-    yield from not_allowed(config, {"train.compile": COMPILE})
+    laws = {"time_sampling": sde.TIME_LAWS, "loss_weighting": sde.WEIGHTINGS}
+    yield from not_allowed(config, laws | {"train.compile": COMPILE})
     if len(train.grid) != 2 or min(train.grid) < 1:
         yield f"config.train.grid must be (rows, columns), at least 1; found {tuple(train.grid)}"
     if train.compile == "whole" and train.sharded:

@@ -62,7 +62,9 @@ def base():
     config.time_shift = 1.0  # above 1: times that are trained move toward noise, s t / (1 + (s - 1) t)
     config.loss_weighting = "unit"  # over times: unit, or min_snr (gamma 5)
     config.z_shape = (4, 32, 32)  # (channels, height, width) the network sees: latents (image / 8), or pixels
-    config.loss_coeffs = placeholder(tuple)  # weight per resolution, coarsest first; None: 1/4 per halving (released; x: 1)
+    config.loss_coeffs = placeholder(
+        tuple
+    )  # weight per resolution, coarsest first; None: 1/4 per halving (released; x: 1)
 
     config.nnet = d(
         norm_type="TDRMSN",  # TDRMSN (released), LN (time-dependent layer norm, the paper's text) or RMSN (no time)
@@ -125,7 +127,7 @@ def base():
         # dpm_solver_2m, dpm_solver_3m (multistep), ddim, ddpm, heun, euler, euler_maruyama_sde, euler_maruyama_ode
         # (SOLVERS in libs/solvers.py)
         algorithm="dpm_solver",
-        time_shift=1.0,  # as config.time_shift, of solvers whose times are uniform in t: dpm_solver*, ddim, ddpm, euler
+        time_shift=1.0,  # as config.time_shift, of times uniform in t: dpm_solver to _2, ddim, ddpm and euler
         sample_steps=250,  # NFE per image when evaluating
         grid_steps=50,  # NFE per image of the grids while training
         n_samples=50_000,  # images of an evaluation; labels are balanced: i * n_classes // n_samples

@@ -40,7 +40,7 @@ GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole on 
 # Settings that a resumed run shares with its checkpoint; others may change.
 MUST_MATCH = re.compile(
     r"mixed_precision|(data|autoencoder)\b.*"
-    r"|config\.(seed|schedule|z_shape|nnet|ema|dataset\.(kind|n_classes))\b.*"
+    r"|config\.(seed|schedule|prediction|z_shape|nnet|ema|dataset\.(kind|n_classes))\b.*"
 )
 # Settings that may differ between the processes of a run: where files lie, and who writes
 MAY_DIFFER = re.compile(

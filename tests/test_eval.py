@@ -127,7 +127,6 @@ def test_labels_are_balanced():
     [
         ({"sample_steps": 2}, None, "sample_steps must be at least 3 for dpm_solver; found 2"),
         ({"scale_pow": -1.0}, None, r"must be at least 0 \(0: constant scale\); found -1"),
-        ({"algorithm": "euler_maruyama_sde"}, None, "needs config.schedule vpsde or vpsde_cosine; found sd"),
         ({}, "none.pth", "no checkpoint at none.pth"),
     ],
 )

@@ -485,6 +485,7 @@ def test_a_pickle_to_start_from_is_refused_in_one_line(tiny_config, tmp_path):
     [
         ("config.nnet.norm_type", "RMSN", "config.nnet.norm_type: TDRMSN there, RMSN now"),
         ("config.schedule", "vpsde", "config.schedule: sd there, vpsde now"),
+        ("config.prediction", "v", "config.prediction: eps there, v now"),
         ("config.seed", 1, "config.seed: 1234 there, 1 now"),
         ("config.ema.extra_rates", [0.5], r"config.ema.extra_rates\[0\]: None there, 0.5 now"),
         ("mixed_precision", "bf16", "mixed_precision: no there, bf16 now"),

@@ -99,17 +99,6 @@ def test_a_bar_counts_the_evaluations(model, monkeypatch):
     assert [(bar.total, bar.n) for bar in bars] == [(10, 10), (5, 5)]
 
 
-def test_every_branch_estimates_the_picture_at_its_resolution(model):
-    """From the true noise of each resolution the estimate is the mean of x_0 over its cells."""
-    torch.manual_seed(0)
-    x_0, eps = torch.randn(2, 3, 4, 8, 8)
-    t = torch.tensor(0.4, dtype=torch.float64)
-    x = sde.get_schedule(model.config.schedule).add_noise(x_0, eps, t.expand(3))
-    for ratio in (1, 2, 4):
-        found = sample.estimate(model, x, t.item(), sde.multi_scale_target(eps, ratio))
-        assert torch.allclose(found, F.avg_pool2d(x_0, ratio), atol=1e-5)
-
-
 def test_images_that_are_not_finite_are_an_error_and_not_written(tiny_config, weights, tmp_path):
     state = load_file(weights)
     state["stages.1.head.conv.bias"][0] = float("nan")

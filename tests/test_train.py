@@ -184,7 +184,13 @@ def test_decay_rule_and_warmup(tiny_config):
         ("ema.power_widths", (0.3,), r"sigma_rel of a power-function EMA must be in \(0, 0.28\); found 0.3"),
         ("init.freeze", ("nothing",), "'nothing' matches no parameter"),
         ("train.compile", "fast", "config.train.compile must be one of auto, whole, blocks, off; found 'fast'"),
-        ("schedule", "edm", "config.schedule must be one of sd, vpsde, vpsde_cosine; found 'edm'"),
+        ("schedule", "edm", "config.schedule must be one of sd, vpsde, vpsde_cosine, linear; found 'edm'"),
+        ("prediction", "noise", "config.prediction must be one of eps, v, x; found 'noise'"),
+        ("time_sampling", "beta", "config.time_sampling must be one of uniform, logit_normal; found 'beta'"),
+        ("loss_weighting", "p2", "config.loss_weighting must be one of unit, min_snr; found 'p2'"),
+        ("time_std", 0.0, "config.time_std must be at least 0.001; found 0"),
+        ("time_shift", -1.0, "config.time_shift must be at least 0.001; found -1"),
+        ("sample.time_shift", 0.0, "config.sample.time_shift must be at least 0.001; found 0"),
     ],
 )
 def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, message):
