@@ -5,8 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from conftest import load_config, run, save_weights
 from forked import run_forked
 from PIL import Image
@@ -15,7 +13,6 @@ from test_pipeline import pipeline_of
 from tqdm import tqdm
 
 import eval as evaluation
-import sde
 from libs.model import Model, config_json, open_autoencoder
 from scripts import convert_checkpoint as converting
 from scripts import sample
