@@ -1,4 +1,4 @@
-"""How fast a network is computed, not what: faster forms of its layers, torch.compile, activation checkpointing.
+"""Speed up a network without changing its results: faster forms of its layers, torch.compile, activation checkpointing.
 
 All of it is applied to a network from outside, in place. A faster form has the signature of the forward method that it
 replaces, which is its reference: the same numbers to round-off, values and gradients (tests/test_compile.py).
@@ -37,7 +37,7 @@ def as_image_convolution(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("dimr::depthwise", mutates_args=())
 def depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """`as_image_convolution`, which torch.compile does not look into: it would copy features to other layouts."""
+    """Compute `as_image_convolution` out of torch.compile's sight: it would copy features to other layouts."""
     return as_image_convolution(x.contiguous(), weight).contiguous()
 
 
@@ -48,7 +48,7 @@ def depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_
     if x.device.type == "cpu":
         return [
             as_image_convolution(grad, weight.flip(2, 3)).contiguous() if of_x else nothing,
-            by_large_kernels(grad, x, weight) if of_weight else nothing,
+            weight_gradient_on_cpu(grad, x, weight) if of_weight else nothing,
         ]
     dim, _, k, _ = weight.shape
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -61,7 +61,7 @@ def depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_
     ]
 
 
-def by_large_kernels(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def weight_gradient_on_cpu(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Compute the weight gradient as a convolution of x by grad, a kernel as large as the grid for each channel.
 
     On a CPU oneDNN's own takes several times as long, most of all in bfloat16.
@@ -106,7 +106,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def joined_gated_mlp(self: GatedMLP, x: Tensor, t: Tensor) -> Tensor:
-    """GatedMLP.forward with one matmul for both inputs of the gate: z and its gradient are read once."""
+    """Compute GatedMLP.forward with one matmul for both inputs of the gate: z and its gradient are read once."""
     z = self.norm(x, t)
     weight, bias = (torch.cat([getattr(layer, name) for layer in (self.w0, self.w1)]) for name in ("weight", "bias"))
     a, b = F.linear(z, weight, bias).chunk(2, dim=-1)
@@ -114,7 +114,7 @@ def joined_gated_mlp(self: GatedMLP, x: Tensor, t: Tensor) -> Tensor:
 
 
 def padded_attention(self: Attention, x: Tensor, t: Tensor) -> Tensor:
-    """Attention.forward with heads padded to a multiple of 8 by rows of zeros in the weights.
+    """Compute Attention.forward with heads padded to a multiple of 8 by rows of zeros in the weights.
 
     GPU kernels need such heads; PyTorch would pad and copy the features. XL's heads of 60, on an H100 at batch 64,
     forward and backward of 39 layers: 50.2 ms as they are, 25.8 ms padded (benchmarks/parts.py).
@@ -128,13 +128,13 @@ def padded_attention(self: Attention, x: Tensor, t: Tensor) -> Tensor:
 
 
 def rounded_long_skip(self: LongSkip, x: Tensor, skip: Tensor) -> Tensor:
-    """LongSkip.forward that rounds before it copies side by side: fewer bytes, the same numbers."""
+    """Compute LongSkip.forward, rounding before the copy side by side: fewer bytes, the same numbers."""
     dtype = matmul_dtype(x)
     return F.linear(torch.cat([x.to(dtype), skip.to(dtype)], dim=-1), self.weight, self.bias)
 
 
 def upsample_by_parts(self: Upsample, features: list[Tensor], t: Tensor) -> Tensor:
-    """Upsample.forward without a float32 copy of all features side by side (38,400 channels in XL).
+    """Compute Upsample.forward without a float32 copy of all features side by side (38,400 channels in XL).
 
     Mean and variance are summed part by part; variance is mean square less squared mean, which loses digits where a
     mean is far larger than the spread.
@@ -157,7 +157,7 @@ def upsample_by_parts(self: Upsample, features: list[Tensor], t: Tensor) -> Tens
 
 
 def opaque_depthwise(self: DepthwiseConv, x: Tensor) -> Tensor:
-    """DepthwiseConv.forward as one operation, which the compiler neither looks into nor lays out anew."""
+    """Compute DepthwiseConv.forward as one operation, which the compiler neither looks into nor lays out anew."""
     dtype = matmul_dtype(x)
     return depthwise_conv(x.to(dtype), self.weight.to(dtype)) + self.bias.to(dtype)
 
@@ -168,7 +168,7 @@ FEW_TOKENS = 64  # up to these, PyTorch's attention gains nothing and keeps the 
 
 
 def cpu_attention(self: Attention, x: Tensor, t: Tensor) -> Tensor:
-    """Attention.forward in float32: PyTorch's 16-bit kernel takes many times as long in the backward pass."""
+    """Compute Attention.forward in float32: PyTorch's 16-bit kernel takes many times as long in the backward pass."""
     qkv = self.qkv(self.norm(x, t))
     q, k, v = rearrange(at_least_float32(qkv), "B N (three h d) -> three B h N d", three=3, h=self.num_heads)
     with torch.autocast("cpu", enabled=False):
@@ -180,7 +180,7 @@ def cpu_attention(self: Attention, x: Tensor, t: Tensor) -> Tensor:
 
 
 def cpu_depthwise(self: DepthwiseConv, x: Tensor) -> Tensor:
-    """DepthwiseConv.forward with a faster weight gradient; without gradients the compiler gains more by seeing it."""
+    """Compute DepthwiseConv.forward with a faster weight gradient; without gradients the compiler had better see it."""
     return opaque_depthwise(self, x) if torch.is_grad_enabled() else DepthwiseConv.forward(self, x)
 
 
@@ -218,11 +218,8 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False, recompute
         recompute: see `checkpoint_activations`.
     """
     on_cpu = next(nnet.parameters()).device.type == "cpu"
-    # cuDNN's attention is the fastest, but has NaN gradients at 64 tokens modulo 128 (pytorch issue 196678; seen here
-    # with cuDNN 9.19 on an H100: benchmarks/results/gpu.md).
-    tokens = [1 + s.spec.max_height * s.spec.max_width for s in nnet.stages if s.class_embed is not None]
-    if not on_cpu and any(n % 128 == 64 for n in tokens):
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    if not on_cpu:
+        avoid_wrong_attention(nnet)
     if how != "off":
         use_forms(nnet, COMPILED_FORMS | ({} if on_cpu else COMPILED_GPU_FORMS))
     use_forms(nnet, CPU_FORMS if on_cpu else {})
@@ -231,7 +228,7 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False, recompute
         return
     logging.info("torch.compile (%s): the first call takes minutes for a large network", how)
     dynamo = torch._dynamo.config
-    dynamo.recompile_limit = 64  # branches share code, each compiled in training, without gradients, ...
+    dynamo.recompile_limit = 64  # branches share code, compiled once for each way of calling it
     parts = [nnet]
     if how == "blocks":
         dynamo.optimize_ddp = False  # or blocks would be cut again, to send their gradients sooner
@@ -243,11 +240,22 @@ def compile_network(nnet: DiMR, how: str, final_weights: bool = False, recompute
         # The forward method and not the module, whose hooks (DDP's, FSDP's) stay outside.
         module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
     if how == "whole" and final_weights and on_cpu:
-        nnet.forward = with_fixed_weights(nnet.forward)
+        nnet.forward = with_frozen_weights(nnet.forward)
 
 
-def with_fixed_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Have a compiled function lay its weights out once for its matmuls, and call its kernels from C++.
+def avoid_wrong_attention(nnet: DiMR) -> None:
+    """Turn off cuDNN's attention, PyTorch's fastest, for this process where it is wrong for one of the branches.
+
+    Its gradients are NaN at 64 tokens modulo 128 (pytorch issue 196678; seen with cuDNN 9.19 on an H100:
+    benchmarks/results/gpu.md).
+    """
+    tokens = [1 + s.spec.max_height * s.spec.max_width for s in nnet.stages if s.class_embed is not None]
+    if any(n % 128 == 64 for n in tokens):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def with_frozen_weights(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Let a compiled function prepack its weights for its matmuls, and call its kernels from C++.
 
     Compiled so, two CPU cores sample the digits 1.8 times as fast as the released recipe (benchmarks/results/speed.md).
     """
@@ -274,7 +282,7 @@ def round_weights(nnet: nn.Module, precision: str) -> None:
 
 # --- Activation checkpointing -----------------------------------------------------------------------------------------
 
-MATMULS = [  # most of a block's time and little of its memory: kept by selective checkpointing
+SAVED_OPS = [  # most of a block's time and little of its memory: their results are kept by selective checkpointing
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.convolution.default,
@@ -297,7 +305,7 @@ def checkpoint_activations(nnet: DiMR, how: str) -> None:
     """
     if how == "off":
         return
-    contexts = functools.partial(create_selective_checkpoint_contexts, MATMULS)
+    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     settings = {"context_fn": contexts} if how == "selective" else {}
 
     def checkpointed(module: nn.Module, forward: Callable[..., Tensor], *args) -> Tensor:

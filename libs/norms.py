@@ -37,6 +37,7 @@ def per_sample(vector: Tensor, x: Tensor) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """Convert 16-bit floats to float32, and leave float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -54,7 +55,7 @@ def layer_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
 
 
 class TDLayerNorm(nn.Module):
-    """Layer norm whose gain and shift depend on time. x (B, ..., D), t (B,) -> (B, ..., D)."""
+    """Apply a layer norm whose gain and shift depend on time. x (B, ..., D), t (B,) -> (B, ..., D)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -66,7 +67,7 @@ class TDLayerNorm(nn.Module):
 
 
 class TDRMSNorm(nn.Module):
-    """RMS norm whose gain depends on time; the norm of the released models. x (B, ..., D), t (B,) -> (B, ..., D)."""
+    """Apply an RMS norm whose gain depends on time, as in the released models. x (B, ..., D), t (B,) -> (B, ..., D)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -77,7 +78,7 @@ class TDRMSNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm with one learned gain at all times (ablation). x (B, ..., D) -> (B, ..., D); t is not used."""
+    """Apply an RMS norm with one learned gain at all times (ablation). x (B, ..., D) -> (B, ..., D); t is not used."""
 
     def __init__(self, dim: int):
         super().__init__()

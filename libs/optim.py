@@ -27,7 +27,10 @@ def split_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
 
 
 def make_adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """Make a fused AdamW (eps 1e-8) over a model's trainable parameters with the decay rule of `split_decay`."""
+    """Make AdamW (eps 1e-8) over a model's trainable parameters with the decay rule of `split_decay`.
+
+    Fused: `clip_or_skip` relies on an optimizer that heeds `found_inf`, as fused ones do.
+    """
     decayed, spared = split_decay(model)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=True)

@@ -21,8 +21,7 @@ def shard(nnet: nn.Module, copies: Iterable[nn.Module], device: torch.device) ->
     """Shard a network's parameters over all processes, in place. Make the optimizer after this, not before.
 
     Units: each block, skip and upsampling; the rest of the network together. Weights stay float32 and mixed precision
-    is autocast's, as under DDP: 16-bit weights would move the gates of `libs.norms.TimeDependentVector`, whose argument
-    goes up to the number of timesteps.
+    is autocast's, as under DDP.
 
     Args:
         nnet: a `DiMR`.

@@ -38,12 +38,12 @@ from libs.sharding import split_like
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole on the main process, {} on the others
 
 # Settings that a resumed run shares with its checkpoint; others may change.
-MUST_MATCH = re.compile(
+MUST_MATCH_ON_RESUME = re.compile(
     r"mixed_precision|(data|autoencoder)\b.*"
-    r"|config\.(seed|schedule|prediction|z_shape|nnet|ema|dataset\.(kind|n_classes))\b.*"
+    r"|config\.(seed|schedule|prediction|z_shape|nnet|ema|dataset\.n_classes)\b.*"
 )
 # Settings that may differ between the processes of a run: where files lie, and who writes
-MAY_DIFFER = re.compile(
+MAY_DIFFER_BETWEEN_RANKS = re.compile(
     r"code|config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path|init\.path|fid_stat|sample\.autoguidance_\w+)"
 )
 
@@ -194,10 +194,10 @@ def check_same_run(run: dict, saved: dict, folder: Path) -> None:
     """Compare a run with its checkpoint, as nested JSON values; differences that may be are logged as a warning.
 
     Raises:
-        UserError: they differ in what `MUST_MATCH`; all such settings are named, with both values.
+        UserError: they differ in what `MUST_MATCH_ON_RESUME`; all such settings are named, with both values.
     """
     lines = differences(flatten_dict({name: saved.get(name) for name in run}), flatten_dict(run))
-    if refused := [line for name, line in lines.items() if MUST_MATCH.fullmatch(name)]:
+    if refused := [line for name, line in lines.items() if MUST_MATCH_ON_RESUME.fullmatch(name)]:
         raise UserError(f"{folder} is of another run ({'; '.join(refused)}): set another --workdir, or these as there")
     if lines:
         logging.warning("settings changed since %s: %s", folder, "; ".join(lines.values()))
@@ -207,9 +207,9 @@ def check_same_everywhere(run: dict) -> None:
     """Compare the run of all processes, as nested JSON values. A collective call.
 
     Raises:
-        UserError: on all processes, if two differ in more than `MAY_DIFFER`.
+        UserError: on all processes, if two differ in more than `MAY_DIFFER_BETWEEN_RANKS`.
     """
-    mine = {name: value for name, value in flatten_dict(run).items() if not MAY_DIFFER.fullmatch(name)}
+    mine = {name: value for name, value in flatten_dict(run).items() if not MAY_DIFFER_BETWEEN_RANKS.fullmatch(name)}
     first, *others = gather_object([mine])
     for process, other in enumerate(others, 1):
         names = [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]
