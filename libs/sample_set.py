@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 from libs import UserError
-from libs.checkpoint import differences
 from libs.files import read_json, replacing
 
 SETTINGS_FILE = "sampling.json"
@@ -217,9 +216,10 @@ class SampleSet:
         first = parts[0]
         self.settings = {name: value for name, value in first.settings.items() if name != RANGE}
         for part in parts[1:]:
-            different = differences(part.settings, {**first.settings, RANGE: part.settings.get(RANGE)})
+            names = (part.settings.keys() | first.settings.keys()) - {RANGE}
+            different = sorted(name for name in names if part.settings.get(name) != first.settings.get(name))
             if different or RANGE not in part.settings:
-                reason = "; ".join(different.values()) or f"no {RANGE} in {SETTINGS_FILE}"
+                reason = f"{', '.join(different)} differ" if different else f"no {RANGE} in {SETTINGS_FILE}"
                 raise UserError(f"{part.folder} and {first.folder} are of two sets ({reason}): give parts of one")
         self.folders = [part.folder for part in parts]
         self.count = parts[-1].indices.stop
