@@ -8,7 +8,7 @@ setup_environment requirements.txt
 grep -m 1 'model name' /proc/cpuinfo || true
 
 XL=configs/DiMR-XL-2R_imagenet256.py
-DIGITS=configs/digits.py
+DIGITS=configs/digits_released.py
 python benchmarks/speed.py gradient --config=$XL --batch=2 --rounds=4 --variants=released-no,eager-no,blocks-bf16
 python benchmarks/speed.py sample --config=$XL --batch=2 --steps=3 --rounds=4 --variants=released-no,eager-bf16,blocks-bf16
 WAYS=released-no,eager-no,eager-bf16,compiled-no,compiled-bf16

@@ -35,9 +35,9 @@ def largest_errors(files: list[Path], way: Way) -> dict[str, float]:
 
 
 def final_loss(precision: str) -> float:
-    """Mean loss of the last 50 of N_STEPS steps of configs/digits.py."""
+    """Mean loss of the last 50 of N_STEPS steps of configs/digits_released.py."""
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={workdir}"]
+        command = [sys.executable, "train.py", "--config=configs/digits_released.py", f"--workdir={workdir}"]
         command += [f"--config.train.n_steps={N_STEPS}", "--config.train.log_interval=50"]
         command += ["--config.train.eval_interval=0"]
         env = {**os.environ, "ACCELERATE_MIXED_PRECISION": precision}

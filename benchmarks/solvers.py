@@ -10,8 +10,8 @@ Exact: four Gaussians in the plane, whose noise prediction is known in closed fo
 - W1: Wasserstein-1 distance to those exact samples, mean over the two coordinates. The noise of ddpm is its own: it
   cannot come closer than an independent exact sample, whose distance is the floor.
 
-Digits: configs/digits.py with its guidance. The reference is the released solver with a large NFE, uniform in lambda;
-the floor is the distance of the second-order multistep solver with the same NFE. Relative to the rms of the latents.
+Digits: configs/digits_released.py with its guidance. The reference is the released solver with a large NFE, uniform in
+lambda; the floor is the distance of the second-order multistep solver with the same NFE. Relative to the latents' rms.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def exact_errors(schedule):
 @torch.no_grad()
 def report_digits(weights):
     """Measure the digits model: text and figure."""
-    config = utils.load_config(utils.ROOT / "configs" / "digits.py")
+    config = utils.load_config(utils.ROOT / "configs" / "digits_released.py")
     schedule, nnet = sde.get_schedule(config.schedule), Model.open(weights, config).nnet
     labels = torch.arange(N_DIGITS) % config.dataset.n_classes
     noise = SampleNoise(range(N_DIGITS), config.seed, tuple(config.z_shape), torch.device("cpu"))
@@ -118,7 +118,7 @@ def report_digits(weights):
     draw(axes, curves, floor, xlabel="NFE", ylabel="distance to the reference / size of latents")
     axes.legend(fontsize=8)
     text = (
-        f"{N_DIGITS} digits, the guidance of configs/digits.py; reference: the released solver with an NFE of "
+        f"{N_DIGITS} digits, the guidance of configs/digits_released.py; reference: the released solver with an NFE of "
         f"{DIGITS_REFERENCE}.\nTwo references are {floor:.1e} apart (grey line): no distance below that is known.\n\n"
     )
     rows = [(name, {n: f"{error:.1e}" for n, error in curve.items()}) for name, curve in curves.items()]

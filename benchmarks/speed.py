@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py train --config=configs/DiMR-XL-2R_imagenet256.py --batch=64 \
         --variants=released-bf16,eager-bf16,blocks-bf16,blocks-bf16-all,dit_compiled-bf16
-    python benchmarks/speed.py sample --config=configs/digits.py --batch=50 --steps=20 --variants=released-no,eager-no
+    python benchmarks/speed.py sample --config=configs/digits_released.py --batch=50 --steps=20 \
+        --variants=released-no,eager-no
 
 "train" times whole training steps (forward, backward, optimizer, EMA), "gradient" forward and backward alone, "sample"
 guided sampling without decoding. A variant is WAY-PRECISION[-RECOMPUTE]. WAY: released (benchmarks/released_recipe.py),

@@ -66,7 +66,7 @@ def bare_turn(config):
 
 def main():
     logging.set_verbosity(logging.ERROR)
-    config = utils.load_config(ROOT / "configs/digits.py")
+    config = utils.load_config(ROOT / "configs/digits_released.py")
     config.dataset.path = str(ROOT / "workdir/quickstart/latents")
     config.train.update(n_steps=STEPS, save_interval=0, eval_interval=0, log_interval=WINDOW)
     real, bare = [], []

@@ -1,8 +1,7 @@
-"""Handwritten digits, 32x32 in 4x8x8 latents: the ImageNet recipe in miniature, minutes on two CPU cores.
+"""Handwritten digits, 32x32 in 4x8x8 latents: the released ImageNet recipe in miniature.
 
-    bash scripts/quickstart.sh
-
-makes the data, extracts the latents, trains with this file, samples and scores. Result: see README.md.
+configs/digits.py is the same network with a better objective. This one is the reference of scripts/first_losses.sh and
+of the benchmarks of solvers, guidance and objectives.
 """
 
 from configs.common import base, convnext, transformer

@@ -110,7 +110,7 @@ def tiny_config(tiny_autoencoder, tiny_latents):
 
 def make_tiny_config(tiny_autoencoder: Path, tiny_latents: Path):
     """The digits config on the tiny store, a few steps long."""
-    config = load_config("digits")
+    config = load_config("digits_released")
     config.dataset.path = str(tiny_latents)
     config.dataset.n_classes = 3
     config.autoencoder.pretrained_path = str(tiny_autoencoder)
@@ -124,7 +124,7 @@ def make_tiny_config(tiny_autoencoder: Path, tiny_latents: Path):
 
 def overrides(config) -> list[str]:
     """The command-line flags that turn configs/digits.py into `tiny_config`."""
-    flags = ["--config=configs/digits.py"]
+    flags = ["--config=configs/digits_released.py"]
     flags += [f"--config.dataset.path={config.dataset.path}", f"--config.dataset.n_classes={config.dataset.n_classes}"]
     flags += [f"--config.autoencoder.pretrained_path={config.autoencoder.pretrained_path}"]
     for i, stage in enumerate(config.nnet.stages):
