@@ -34,7 +34,9 @@ from libs.dimr import DiMR
 from libs.files import check_writable, file_digest, replacing, replacing_folder
 from libs.launch import errors_in_one_line
 from libs.model import class_names, config_json, open_autoencoder, read_network
-from libs.pipeline import DiMRNetwork, DiMRPipeline, SolverScheduler
+from libs.network import DiMRNetwork
+from libs.pipeline import DiMRPipeline
+from libs.scheduler import SolverScheduler
 
 CARD = """---
 library_name: dimr

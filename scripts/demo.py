@@ -27,8 +27,9 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
+from libs.class_names import class_label, find_classes
 from libs.launch import errors_in_one_line
-from libs.model import Model, class_label, find_classes
+from libs.model import Model
 from scripts.sample import class_caption, draw_samples, open_model, trajectory_sheet, with_settings
 
 if TYPE_CHECKING:

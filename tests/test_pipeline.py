@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 import eval as evaluation
 import sde
-from libs.model import build_network, class_label, config_json, imagenet_names, read_network
+from libs.class_names import class_label
+from libs.model import build_network, config_json, imagenet_names, read_network
 from libs.pipeline import DiMRPipeline
 from scripts import convert_checkpoint as converting
 
@@ -68,7 +69,9 @@ def test_a_saved_pipeline_gives_the_pixels_of_eval_in_a_fresh_process_offline(ti
     assert np.array_equal(from_folder, expected)
     pipe.save_pretrained(tmp_path / "saved")
     again = DiMRPipeline.from_pretrained(tmp_path / "saved")
-    assert all(torch.equal(a, b) for a, b in zip(again.network.parameters(), pipe.network.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.transformer.parameters(), pipe.transformer.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["ddpm", "euler_maruyama_sde"])
