@@ -24,7 +24,7 @@ import sde
 from libs import UserError
 from libs.autoencoder import Autoencoder, finite, float_to_uint8, load_autoencoder
 from libs.checkpoint import (
-    PIPELINE_FILE,
+    PIPELINE_FILES,
     differences,
     find_weights,
     fitting_weights,
@@ -46,8 +46,8 @@ Sampler = Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
 
 
 def config_json(config: ConfigDict) -> dict:
-    """Return a config as plain JSON values."""
-    return json.loads(config.to_json_best_effort())
+    """Return a config as plain JSON values, paths in the repository from its root: saved, they go to other machines."""
+    return json.loads(config.to_json_best_effort().replace(f'"{ROOT}/', '"'))
 
 
 def config_from_json(values: dict) -> ConfigDict:
@@ -235,7 +235,7 @@ class Model:
         """
         model = cls.open_network(path, config, torch.device(device), precision, compile)
         vae = model.weights.parent.parent / "vae"
-        if config is None and model.weights.match(PIPELINE_FILE) and vae.is_dir():
+        if config is None and model.weights.match(PIPELINE_FILES) and vae.is_dir():
             model.config.autoencoder.pretrained_path = str(vae)
         if autoencoder is not None:
             model.config.autoencoder.pretrained_path = autoencoder

@@ -190,29 +190,36 @@ class DiMRPipeline(DiffusionPipeline):
             return torch.cat([vae.decode(part).sample.clamp(-1, 1).float() for part in latents.split(16)])
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Write model_index.json, and beside it and in the folders of components the code that they need."""
+        """Write model_index.json, and beside it and in the folders of components the code that they need.
+
+        Places on this machine are left out: absolute paths of the run's config become names.
+        """
         super().save_config(save_directory, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
+        index["trained"] = without_places(index["trained"])
         for name, part in [("_class_name", self), *self.components.items()]:
             module = sys.modules[type(part).__module__]
             if module.__name__.split(".")[0] in OWN:
-                place = folder if part is self else folder / name
-                for file, text in code_of(module).items():
-                    (place / f"{file}.py").write_text(text)
                 index[name] = [shipped_name(module.__name__), type(part).__name__]
-        (folder / self.config_name).write_text(json.dumps(without_places(index), indent=2, sort_keys=True) + "\n")
+                for file, text in code_of(module).items():
+                    (folder / ("" if part is self else name) / f"{file}.py").write_text(text)
+        (folder / self.config_name).write_text(json.dumps(index))
+        for file in [folder / self.config_name, *folder.glob("*/*config.json")]:
+            values = json.loads(file.read_text())
+            values.pop("_name_or_path", None)
+            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load_config(cls, *args, **kwargs) -> dict | tuple:
-        """Read model_index.json: with the class at hand, the code that the folder holds is not run."""
+        """Read model_index.json. A class that is called by itself takes its own code, not what is in the folder."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
-        package = cls.__module__.rpartition(".")
         for name, value in index.items():
             if isinstance(value, list) and str(value[0]).startswith(PREFIX):
-                module = value[0] if package[2].startswith(PREFIX) else value[0].removeprefix(PREFIX)
-                index[name] = cls.__name__ if name == "_class_name" else [f"{package[0]}.{module}", value[1]]
+                module = cls.__module__.replace("pipeline", value[0].removeprefix(PREFIX))
+                importlib.import_module(module)
+                index[name] = cls.__name__ if name == "_class_name" else [module, value[1]]
         return loaded
 
 
@@ -355,7 +362,7 @@ def code_of(module: ModuleType) -> dict[str, str]:
 
 
 def without_places(value: object) -> object:
-    """Return JSON values with absolute paths reduced to names: nobody else has this machine's folders."""
+    """Return JSON values with absolute paths reduced to names."""
     if isinstance(value, dict):
         return {key: without_places(each) for key, each in value.items()}
     if isinstance(value, list):
