@@ -1,6 +1,7 @@
 """The network as a model of Hugging Face diffusers, saved in its format and placed, cast and offloaded by its tools."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from libs.dimr import DiMR, StageSpec
 
@@ -25,6 +27,7 @@ class DiMRNetwork(DiMR, ModelMixin, ConfigMixin):
     _keep_in_fp32_modules: ClassVar[list[str]] = ["norm", "norm_in", "norm_out"]
     _no_split_modules: ClassVar[list[str]] = ["Stage"]  # adds what its modules return, so it stays on one device
     _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock", "ConvNeXtBlock"]
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -37,6 +40,7 @@ class DiMRNetwork(DiMR, ModelMixin, ConfigMixin):
     ):
         specs = [StageSpec(**branch) for branch in branches]
         super().__init__(specs, channels, n_classes, norm_type, block_grad_to_lowres)
+        self.gradient_checkpointing = False
 
     @classmethod
     def of(cls, nnet: DiMR, norm_type: str) -> "DiMRNetwork":
@@ -56,6 +60,16 @@ class DiMRNetwork(DiMR, ModelMixin, ConfigMixin):
         """
         sample = super().forward(x.to(self.dtype), t, y)[-1]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint
+    ) -> None:
+        """Recompute the activations of blocks in the backward pass, or keep them; diffusers' methods call this."""
+        self.gradient_checkpointing = enable
+        for block in (block for stage in self.stages for block in stage.blocks):
+            block.__dict__.pop("forward", None)
+            if enable:
+                block.forward = functools.partial(gradient_checkpointing_func, block.forward)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

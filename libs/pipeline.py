@@ -7,6 +7,7 @@ The folder holds the code too: without this repository, DiffusionPipeline.from_p
 trust_remote_code=True) loads it.
 """
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -115,19 +116,16 @@ class DiMRPipeline(DiffusionPipeline):
                 raise UserError(f"class_labels is not set: this model has {self.transformer.n_classes} classes")
             class_labels = 0
         labels, device = self.get_label_ids(class_labels), self._execution_device
-        given = {
-            "guidance_scale": guidance_scale,
-            "guidance_power": guidance_power,
-            "guidance_interval": guidance_interval,
-            "num_inference_steps": num_inference_steps,
-        }
-        defaults = {"guidance_scale": 1.0, "num_inference_steps": 50, **(self.config.defaults or {})}
-        settings = {name: defaults.get(name) if value is None else value for name, value in given.items()}
-        indices = range(len(labels)) if indices is None else flatten(indices)
-        check_settings(**settings)
-        check_draws(len(labels), generator, seed, indices)
-        check_output(output_type, self.vae, self.transformer.channels)
+        saved = {"guidance_scale": 1.0, "num_inference_steps": 50, **(self.config.defaults or {})}
+        scale = saved["guidance_scale"] if guidance_scale is None else guidance_scale
+        power = saved.get("guidance_power") if guidance_power is None else guidance_power
+        interval = saved.get("guidance_interval") if guidance_interval is None else guidance_interval
+        steps = saved["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        indices = list(range(len(labels))) if indices is None else flatten(indices)
+        check_guidance(scale, power, interval)
+        check_draws(len(labels), steps, generator, seed, indices)
         check_scheduler(self.scheduler, self.config.schedule)
+        check_output(output_type, self.vae, self.transformer.channels)
 
         if generator is None:
             draw = SampleNoise(indices, seed, self.transformer.sample_shape, device).draw
@@ -138,16 +136,9 @@ class DiMRPipeline(DiffusionPipeline):
             def draw() -> Tensor:
                 return randn_tensor(shape, generator=noises, device=device, dtype=torch.float32)
 
-        guided = guided_noise_model(
-            lambda x, t, y: self.transformer(x, t, y, return_dict=False),
-            get_schedule(self.config.schedule),
-            torch.tensor(labels, device=device),
-            self.transformer.null_label,
-            settings["guidance_scale"],
-            settings["guidance_power"],
-            settings["guidance_interval"],
-        )
-        steps = settings["num_inference_steps"]
+        predict = functools.partial(self.transformer, return_dict=False)
+        y, schedule = torch.tensor(labels, device=device), get_schedule(self.config.schedule)
+        guided = guided_noise_model(predict, schedule, y, self.transformer.null_label, scale, power, interval)
         with self.progress_bar(total=steps) as progress:
 
             def noise_model(x: Tensor, t: float) -> Tensor:
@@ -186,7 +177,7 @@ class DiMRPipeline(DiffusionPipeline):
             return x
         device = self._execution_device if hasattr(vae, "_hf_hook") else vae.device
         latents = x.to(device, vae.dtype) / vae.config.scaling_factor
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return torch.cat([vae.decode(part).sample.clamp(-1, 1).float() for part in latents.split(16)])
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
@@ -215,9 +206,10 @@ class DiMRPipeline(DiffusionPipeline):
         """Read model_index.json. A class that is called by itself takes its own code, not what is in the folder."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
+        package, _, own = __name__.rpartition(".")
         for name, value in index.items():
             if isinstance(value, list) and str(value[0]).startswith(PREFIX):
-                module = cls.__module__.replace("pipeline", value[0].removeprefix(PREFIX))
+                module = f"{package}.{own.replace('pipeline', value[0].removeprefix(PREFIX))}"
                 importlib.import_module(module)
                 index[name] = cls.__name__ if name == "_class_name" else [module, value[1]]
         return loaded
@@ -236,7 +228,7 @@ def as_output(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarra
     if bad := int((~images.isfinite()).flatten(1).any(dim=1).sum()):
         raise UserError(
             f"{bad} of {len(images)} images came out with NaN or infinity: the weights are damaged or diverged, or "
-            "float16 overflows (load with torch_dtype torch.bfloat16 or torch.float32)"
+            "float16 overflows (load in torch.bfloat16 or torch.float32)"
         )
     images = (images.clamp(-1, 1) + 1) / 2
     if output_type == "pt":
@@ -248,67 +240,49 @@ def as_output(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarra
 # --- What cannot work -------------------------------------------------------------------------------------------------
 
 
-def check_settings(
-    guidance_scale: float,
-    guidance_power: float | None,
-    guidance_interval: tuple[float, float] | None,
-    num_inference_steps: int,
-) -> None:
-    """Raise UserError for settings of a call that are none."""
-
-    def number(value: object, least: float) -> bool:
-        return isinstance(value, numbers.Real) and least <= value < math.inf  # nor NaN
-
-    if not number(guidance_scale, 1):
-        raise UserError(f"guidance_scale must be a number of at least 1 (1: none); found {guidance_scale!r}")
-    if not (guidance_power is None or number(guidance_power, 0)):
-        raise UserError(f"guidance_power must be a number of at least 0 (0: constant); found {guidance_power!r}")
-    if guidance_interval is not None:
-        ends = flatten(guidance_interval)
-        if not (len(ends) == 2 and all(isinstance(end, numbers.Real) for end in ends) and 0 <= ends[0] < ends[1]):
-            raise UserError(f"guidance_interval must be (low, high), 0 <= low < high; found {guidance_interval!r}")
-    if not (isinstance(num_inference_steps, numbers.Integral) and num_inference_steps > 0):
-        raise UserError(f"num_inference_steps must be a whole number of at least 1; found {num_inference_steps!r}")
+def expect(name: str, found: object, fits: bool, expected: str) -> None:
+    """Raise UserError unless an argument `fits`."""
+    if not fits:
+        raise UserError(f"{name} must be {expected}; found {found!r}")
 
 
-def check_draws(n: int, generator: Generators, seed: int, indices: Sequence[int]) -> None:
+def is_number(value: object, least: float, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and least <= value < 2**63  # neither NaN nor infinity
+
+
+def check_guidance(scale: float, power: float | None, interval: Sequence[float] | None) -> None:
+    """Raise UserError for guidance that is none."""
+    expect("guidance_scale", scale, is_number(scale, 1), "a number of at least 1 (1: none)")
+    expect("guidance_power", power, power is None or is_number(power, 0), "a number of at least 0 (0: constant)")
+    low, high, *more = *flatten((0, math.inf) if interval is None else interval), None, None
+    fits = len(more) == 2 and is_number(low, 0) and isinstance(high, numbers.Real) and low < high
+    expect("guidance_interval", interval, fits, "(low, high) with 0 <= low < high")
+
+
+def check_draws(n: int, steps: int, generator: Generators, seed: int, indices: Sequence[int]) -> None:
     """Raise UserError unless n samples can be drawn so."""
-    if not n:
-        raise UserError("class_labels is empty: give one label per picture")
-    for name, values in (("seed", [seed]), ("indices", indices)):
-        for value in values:
-            if not (isinstance(value, numbers.Integral) and 0 <= value < 2**63):
-                raise UserError(f"{name} must be whole numbers of at least 0, below 2^63; found {value!r}")
-    if len(indices) != n:
-        raise UserError(f"indices must be one per label; found {len(indices)} for {n} labels")
-    several = generator if isinstance(generator, (list, tuple)) else [generator] * n
-    if generator is not None and not (len(several) == n and all(isinstance(g, torch.Generator) for g in several)):
-        found = f"{len(generator)} for {n} labels" if isinstance(generator, list) else type(generator).__name__
-        raise UserError(f"generator must be a torch.Generator or a list of one per label; found {found}")
+    several, whole = flatten(generator), numbers.Integral
+    expect("the number of class_labels", n, n > 0, "at least 1")
+    expect("num_inference_steps", steps, is_number(steps, 1, whole), "a whole number of at least 1")
+    expect("seed", seed, is_number(seed, 0, whole), "a whole number in 0..2^63 - 1")
+    fits = len(indices) == n and all(is_number(index, 0, whole) for index in indices)
+    expect("indices", indices, fits, f"one whole number of at least 0 per label ({n})")
+    fits = len(several) in (1, n) and all(isinstance(each, torch.Generator) for each in several)
+    expect("generator", generator, generator is None or fits, f"a torch.Generator or a list of one per label ({n})")
 
 
 def check_output(output_type: str, vae: ModelMixin | None, channels: int) -> None:
     """Raise UserError unless samples of so many channels can become such an output."""
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise UserError(f"output_type must be pil, np, pt or latent; found {output_type!r}")
+    expect("output_type", output_type, output_type in ("pil", "np", "pt", "latent"), "pil, np, pt or latent")
     if output_type == "latent" or (vae is None and channels == 3):
         return
-    config = getattr(vae, "config", {})
-    scale, found = config.get("scaling_factor"), config.get("latent_channels")
-    shifts = [f"{n}={config[n]}" for n in ("shift_factor", "latents_mean", "latents_std") if config.get(n)]
-    problem = None
-    if vae is None:
-        problem = "there is none"
-    elif not hasattr(vae, "decode"):
-        problem = f"{type(vae).__name__} has no decode"
-    elif found != channels:
-        problem = f"it has {found} latent channels"
-    elif shifts or not (isinstance(scale, numbers.Real) and 0 < scale < math.inf):
-        problem = f"it must normalize by one scaling_factor above 0, and has {', '.join([f'{scale}', *shifts])}"
-    if problem:
-        raise UserError(
-            f"the vae must decode latents of {channels} channels: {problem}; set another, or output_type='latent'"
-        )
+    config, shifts = getattr(vae, "config", {}), ("shift_factor", "latents_mean", "latents_std")
+    found = "none" if vae is None else f"{type(vae).__name__} of {config.get('latent_channels')} channels"
+    if not (hasattr(vae, "decode") and config.get("latent_channels") == channels):
+        raise UserError(f"vae must decode {channels} channels; found {found}: set one, or output_type='latent'")
+    scaled = is_number(config.get("scaling_factor"), 0) and config["scaling_factor"]
+    if not scaled or any(config.get(name) for name in shifts):
+        raise UserError(f"vae must normalize by one scaling_factor above 0; {found} does not")
 
 
 def check_scheduler(scheduler: SchedulerMixin, schedule: str) -> None:

@@ -1,5 +1,6 @@
 """A noise schedule and one of our solvers as a scheduler of Hugging Face diffusers."""
 
+import contextlib
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -14,16 +15,6 @@ from libs import UserError
 from libs.solvers import SOLVERS, check_steps
 from sde import DiscreteSchedule, NoiseModel, get_schedule
 
-# Of the schedule sd, in diffusers' terms
-SD = {
-    "num_train_timesteps": DiscreteSchedule.n_timesteps,
-    "beta_start": DiscreteSchedule.beta_start,
-    "beta_end": DiscreteSchedule.beta_end,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-}
-
 
 class SolverScheduler(SchedulerMixin, ConfigMixin):
     """A noise schedule and a solver, saved and loaded as a pipeline's scheduler.
@@ -34,7 +25,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         schedule: a key of `sde.SCHEDULES`.
         algorithm: a key of `SOLVERS`.
         num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample: the schedule sd in
-            diffusers' terms, for SomeScheduler.from_config(pipe.scheduler.config). Other values are refused.
+            diffusers' terms, for SomeScheduler.from_config(pipe.scheduler.config).
     """
 
     _compatibles: ClassVar[list[str]] = [s.name for s in KarrasDiffusionSchedulers if s.name != "EDMEulerScheduler"]
@@ -46,21 +37,14 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self,
         schedule: str = "sd",
         algorithm: str = "dpm_solver",
-        num_train_timesteps: int = SD["num_train_timesteps"],
-        beta_start: float = SD["beta_start"],
-        beta_end: float = SD["beta_end"],
-        beta_schedule: str = SD["beta_schedule"],
-        prediction_type: str = SD["prediction_type"],
-        clip_sample: bool = SD["clip_sample"],
+        num_train_timesteps: int = DiscreteSchedule.n_timesteps,
+        beta_start: float = DiscreteSchedule.beta_start,
+        beta_end: float = DiscreteSchedule.beta_end,
+        beta_schedule: str = "scaled_linear",
+        prediction_type: str = "epsilon",
+        clip_sample: bool = False,
     ):
-        for name, expected in SD.items():
-            if self.config[name] != expected:
-                raise UserError(f"{name} must be {expected} for SolverScheduler; found {self.config[name]}")
         self.register_to_config(_use_default_values=[])  # or another scheduler's from_config takes its own defaults
-        self.timesteps, self.outputs, self.draws = torch.arange(num_train_timesteps).flip(0), [], []
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
 
     def solve(self, noise_model: NoiseModel, x: Tensor, steps: int, draw: Callable[[], Tensor]) -> Tensor:
         """Sample from noise x (B, C, H, W) with an NFE of `steps`."""
@@ -71,15 +55,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """Begin a sample: list in `timesteps` where the solver evaluates the network."""
         times, nothing = [], torch.zeros(1)
         self.solve(lambda x, t: times.append(t) or nothing, nothing, num_inference_steps, lambda: nothing)
-        self.timesteps = (torch.tensor(times, dtype=torch.float64) * len(self) - 1).float().to(device)
+        self.timesteps = torch.tensor([t * self.config.num_train_timesteps - 1 for t in times], device=device)
         self.outputs, self.draws = [], []
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         return sample
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Compute x_t for a batch."""
-        return get_schedule(self.config.schedule).add_noise(original_samples, noise, (timesteps + 1) / len(self))
 
     def step(
         self,
@@ -92,35 +72,22 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """Go from `sample` to where the solver evaluates the network next, after the last timestep to the result.
 
         Solvers call the noise model themselves, so each step runs the solver anew on the outputs until now: the same
-        numbers as `solve`, in time quadratic in the number of steps, which next to a network is little.
-
-        Raises:
-            UserError: `sample` is not what the step before returned. A solver's inner steps cannot be altered.
+        numbers as `solve`, in time quadratic in the number of steps, which next to a network is little. Raises
+        UserError where `sample` is not what the step before returned: a solver's inner steps cannot be altered.
         """
         if len(self.outputs) in (0, len(self.timesteps)):
             self.outputs, self.draws, self.start = [], [], sample
         elif not torch.equal(sample, self.previous):
             raise UserError("SolverScheduler cannot go on from an altered sample: use a scheduler of `compatibles`")
         self.outputs.append(model_output)
-        outputs, drawn = iter(self.outputs), iter(self.draws)
+        if SOLVERS[self.config.algorithm].draws:
+            self.draws.append(randn_tensor(sample.shape, generator, sample.device, sample.dtype))
+        outputs, draws = iter(self.outputs), iter(self.draws)
 
         def noise_model(x: Tensor, t: float) -> Tensor:
-            if (output := next(outputs, None)) is None:
-                raise NextEvaluationError(x)
-            return output
+            self.previous = x
+            return next(outputs)
 
-        def draw() -> Tensor:
-            if (noise := next(drawn, None)) is None:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-                self.draws.append(noise)
-            return noise
-
-        try:
-            self.previous = self.solve(noise_model, self.start, len(self.timesteps), draw)
-        except NextEvaluationError as request:
-            self.previous = request.args[0]
+        with contextlib.suppress(StopIteration):  # where the solver asks for an output that is not there yet
+            self.previous = self.solve(noise_model, self.start, len(self.timesteps), lambda: next(draws))
         return SchedulerOutput(prev_sample=self.previous) if return_dict else (self.previous,)
-
-
-class NextEvaluationError(Exception):
-    """Leave a solver where it asks for an output that is not there yet; carries x_t."""

@@ -1,0 +1,114 @@
+"""Run diffusers' own common tests on our pipeline and network, with DiTPipeline and its network as control.
+
+    python benchmarks/diffusers_tests.py CHECKOUT > benchmarks/results/diffusers.md
+
+CHECKOUT is a clone of https://github.com/huggingface/diffusers at a release. Its tests run with the installed
+diffusers, and need transformers, peft, parameterized and requests_mock.
+"""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # pytest imports this file once more
+    sys.path[:1] = [sys.argv[-1], str(Path(__file__).resolve().parents[1])]
+
+import diffusers
+import pytest
+import torch
+from tests.models.transformers.test_models_dit_transformer2d import (
+    TestDiTTransformer2D,
+    TestDiTTransformer2DMemory,
+    TestDiTTransformer2DTraining,
+)
+from tests.pipelines.dit.test_dit import DiTPipelineFastTests
+from tests.testing_utils import torch_device
+
+from libs.network import DiMRNetwork
+from libs.pipeline import DiMRPipeline
+from libs.scheduler import SolverScheduler
+
+SIZES = {"dim": 16, "depth": 3, "hidden_dim": 32}
+BRANCHES = [
+    {"block_type": "TransformerBlock", "patch_size": 2, "max_height": 4, "max_width": 4, "num_heads": 2, **SIZES},
+    {"block_type": "ConvNeXtBlock", "patch_size": 1, "max_height": 8, "max_width": 8, **SIZES},
+]
+
+
+class DiMRPipelineTests(DiTPipelineFastTests):
+    pipeline_class, output_type, test_inference = DiMRPipeline, "np", None  # test_inference: pixels of DiT
+
+    def get_dummy_components(self):
+        vae = super().get_dummy_components()["vae"]
+        return {"transformer": DiMRNetwork(BRANCHES).eval(), "vae": vae, "scheduler": SolverScheduler()}
+
+    def get_dummy_inputs(self, device, seed=0):
+        return {**super().get_dummy_inputs(device, seed), "num_inference_steps": 3, "output_type": self.output_type}
+
+    def test_save_load_optional_components(self):
+        self.output_type = "latent"  # all that there is without a vae
+        super().test_save_load_optional_components()
+
+
+class OurNetwork:
+    model_class, main_input_name, output_shape = DiMRNetwork, "x", (4, 8, 8)
+    test_correct_class_remapping_from_dict_config = test_correct_class_remapping_from_pretrained_config = None
+    test_correct_class_remapping = None  # these three: old names of DiT
+
+    def get_init_dict(self):
+        return {"branches": BRANCHES, "n_classes": 8}
+
+    def get_dummy_inputs(self, batch_size=4):
+        x = torch.randn(batch_size, 4, 8, 8, generator=self.generator).to(torch_device)
+        t = torch.rand(batch_size, generator=self.generator).to(torch_device)
+        return {"x": x, "t": t, "y": torch.arange(batch_size, device=torch_device)}
+
+    def test_gradient_checkpointing_is_applied(self):
+        super(TestDiTTransformer2DTraining, self).test_gradient_checkpointing_is_applied({"DiMRNetwork"})
+
+
+CONTROLS = (TestDiTTransformer2D, TestDiTTransformer2DMemory, TestDiTTransformer2DTraining)
+TestDiMR, TestDiMRMemory, TestDiMRTraining = (type(c.__name__, (OurNetwork, c), {}) for c in CONTROLS)
+SUITES = {  # [control, ours]
+    "pipeline": ["DiTPipelineFastTests", "DiMRPipelineTests"],
+    "network": ["TestDiTTransformer2D", "TestDiMR"],
+    "network, memory": ["TestDiTTransformer2DMemory", "TestDiMRMemory"],
+    "network, training": ["TestDiTTransformer2DTraining", "TestDiMRTraining"],
+}
+
+
+class Recorder:
+    """Keep {(class, test): outcome}."""
+
+    def __init__(self):
+        self.outcomes = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        key = tuple(report.nodeid.split("::")[1:])
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[key] = report.outcome
+
+
+if __name__ == "__main__":
+    recorder, stdout = Recorder(), sys.stdout
+    sys.stdout = sys.stderr
+    options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:warnings", *sys.argv[1:-1]]
+    pytest.main([__file__, *options], plugins=[recorder])
+    sys.stdout = stdout
+    release = re.search(r'version="(.*?)"', Path(sys.argv[-1], "setup.py").read_text())[1]
+    print("# diffusers' common tests\n")
+    print(f"`python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:-1]])} CHECKOUT` on {torch_device}, ", end="")
+    print(f"{platform.machine()} with {os.cpu_count()} cores; torch {torch.__version__}, diffusers ", end="")
+    print(f"{diffusers.__version__}, the tests of {release}.\n")
+    print("| suite | test | DiTPipeline's | ours |\n|---|---|---|---|")
+    for suite, classes in SUITES.items():
+        found = [{name[1]: o for name, o in recorder.outcomes.items() if name[0] == each} for each in classes]
+        both = [" / ".join(str(list(f.values()).count(o)) for o in ("passed", "failed", "skipped")) for f in found]
+        print(f"| {suite} | passed / failed / skipped | {both[0]} | {both[1]} |")
+        for test in sorted(found[0] | found[1]):
+            control, ours = (f.get(test, "") for f in found)
+            if control != ours or "failed" in (control, ours):
+                print(f"| | {test} | {control} | {ours} |")
