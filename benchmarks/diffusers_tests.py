@@ -25,6 +25,7 @@ from tests.models.transformers.test_models_dit_transformer2d import (
     TestDiTTransformer2DTraining,
 )
 from tests.pipelines.dit.test_dit import DiTPipelineFastTests
+from tests.schedulers.test_scheduler_ddim import DDIMSchedulerTest
 from tests.testing_utils import torch_device
 
 from libs.network import DiMRNetwork
@@ -40,6 +41,7 @@ BRANCHES = [
 
 class DiMRPipelineTests(DiTPipelineFastTests):
     pipeline_class, output_type, test_inference = DiMRPipeline, "np", None  # test_inference: pixels of DiT
+    test_layerwise_casting = test_group_offloading = True
 
     def get_dummy_components(self):
         vae = super().get_dummy_components()["vae"]
@@ -51,6 +53,14 @@ class DiMRPipelineTests(DiTPipelineFastTests):
     def test_save_load_optional_components(self):
         self.output_type = "latent"  # all that there is without a vae
         super().test_save_load_optional_components()
+
+
+class SolverSchedulerTests(DDIMSchedulerTest.__base__):
+    scheduler_classes, forward_default_kwargs = (SolverScheduler,), (("num_inference_steps", 50),)
+    test_step_shape = test_add_noise_device = test_trained_betas = None  # its steps follow one another, betas are fixed
+
+    def get_scheduler_config(self, **kwargs):
+        return {"schedule": "sd", **kwargs}
 
 
 class OurNetwork:
@@ -66,14 +76,15 @@ class OurNetwork:
         t = torch.rand(batch_size, generator=self.generator).to(torch_device)
         return {"x": x, "t": t, "y": torch.arange(batch_size, device=torch_device)}
 
-    def test_gradient_checkpointing_is_applied(self):
-        super(TestDiTTransformer2DTraining, self).test_gradient_checkpointing_is_applied({"DiMRNetwork"})
-
 
 CONTROLS = (TestDiTTransformer2D, TestDiTTransformer2DMemory, TestDiTTransformer2DTraining)
 TestDiMR, TestDiMRMemory, TestDiMRTraining = (type(c.__name__, (OurNetwork, c), {}) for c in CONTROLS)
+TestDiMRTraining.test_gradient_checkpointing_is_applied = lambda self: super(
+    CONTROLS[2], self
+).test_gradient_checkpointing_is_applied({"DiMRNetwork"})
 SUITES = {  # [control, ours]
     "pipeline": ["DiTPipelineFastTests", "DiMRPipelineTests"],
+    "scheduler": ["DDIMSchedulerTest", "SolverSchedulerTests"],
     "network": ["TestDiTTransformer2D", "TestDiMR"],
     "network, memory": ["TestDiTTransformer2DMemory", "TestDiMRMemory"],
     "network, training": ["TestDiTTransformer2DTraining", "TestDiMRTraining"],
@@ -105,10 +116,10 @@ if __name__ == "__main__":
     print(f"{diffusers.__version__}, the tests of {release}.\n")
     print("| suite | test | DiTPipeline's | ours |\n|---|---|---|---|")
     for suite, classes in SUITES.items():
-        found = [{name[1]: o for name, o in recorder.outcomes.items() if name[0] == each} for each in classes]
-        both = [" / ".join(str(list(f.values()).count(o)) for o in ("passed", "failed", "skipped")) for f in found]
-        print(f"| {suite} | passed / failed / skipped | {both[0]} | {both[1]} |")
-        for test in sorted(found[0] | found[1]):
-            control, ours = (f.get(test, "") for f in found)
-            if control != ours or "failed" in (control, ours):
-                print(f"| | {test} | {control} | {ours} |")
+        control, ours = ({k[1]: o for k, o in recorder.outcomes.items() if k[0] == each} for each in classes)
+        control = {test: control.get(test) for test in ours}  # without those about DiT or DDIM alone
+        counts = ([*f.values()].count(o) for f in (control, ours) for o in ("passed", "failed", "skipped"))
+        print("| " + suite + " | passed, failed, skipped | {}, {}, {} | {}, {}, {} |".format(*counts))
+        for test in sorted(ours):
+            if control[test] != ours[test] or ours[test] == "failed":
+                print(f"| | {test} | {control[test]} | {ours[test]} |")

@@ -44,7 +44,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         clip_sample: bool = False,
     ):
-        self.register_to_config(_use_default_values=[])  # or another scheduler's from_config takes its own defaults
+        if defaults := self.config.get("_use_default_values"):  # another's from_config takes its own for what is listed
+            own = [name for name in defaults if name in ("schedule", "algorithm")]
+            self.register_to_config(_use_default_values=own)
 
     def solve(self, noise_model: NoiseModel, x: Tensor, steps: int, draw: Callable[[], Tensor]) -> Tensor:
         """Sample from noise x (B, C, H, W) with an NFE of `steps`."""
