@@ -8,7 +8,7 @@ trust_remote_code=True) loads it.
 """
 
 import functools
-import importlib.util
+import importlib
 import inspect
 import json
 import math
@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import ClassVar
 
 import numpy as np
@@ -181,7 +180,7 @@ class DiMRPipeline(DiffusionPipeline):
             return torch.cat([vae.decode(part).sample.clamp(-1, 1).float() for part in latents.split(16)])
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Write model_index.json, and beside it and in the folders of components the code that they need.
+        """Write model_index.json, and beside it and in the folders of components one file each with their code.
 
         Places on this machine are left out: absolute paths of the run's config become names.
         """
@@ -190,11 +189,11 @@ class DiMRPipeline(DiffusionPipeline):
         index = json.loads((folder / self.config_name).read_text())
         index["trained"] = without_places(index["trained"])
         for name, part in [("_class_name", self), *self.components.items()]:
-            module = sys.modules[type(part).__module__]
-            if module.__name__.split(".")[0] in OWN:
-                index[name] = [shipped_name(module.__name__), type(part).__name__]
-                for file, text in code_of(module).items():
-                    (folder / ("" if part is self else name) / f"{file}.py").write_text(text)
+            module, place = type(part).__module__, folder if part is self else folder / name
+            if module.split(".")[0] in ("libs", "diffusers_modules"):  # at home, or loaded from a folder
+                index[name] = [PREFIX + module.rpartition(".")[2].removeprefix(PREFIX), type(part).__name__]
+                place.mkdir(exist_ok=True)
+                (place / f"{index[name][0]}.py").write_text(code_of(module, set()))
         (folder / self.config_name).write_text(json.dumps(index))
         for file in [folder / self.config_name, *folder.glob("*/*config.json")]:
             values = json.loads(file.read_text())
@@ -310,29 +309,23 @@ def check_scheduler(scheduler: SchedulerMixin, schedule: str) -> None:
 # --- Code in the folder -----------------------------------------------------------------------------------------------
 
 PREFIX = "dimr_"  # of the files: diffusers imports all folders' code from one place
-OWN = ("libs", "sde", "diffusers_modules")  # where modules are of this project, at home or in a folder
-IMPORT = re.compile(r"^from ((?:libs|sde)\b[\w.]*|\.\w+) import", re.MULTILINE)
+IMPORT = re.compile(r"^from (libs\b[\w.]*|sde) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
 
 
-def shipped_name(module: str) -> str:
-    """Return what a module is called in a folder: libs.norms -> dimr_norms."""
-    return PREFIX + module.rpartition(".")[2].removeprefix(PREFIX)
+def code_of(module: str, written: set[str]) -> str:
+    """Return a module's text with that of this project's modules in the place of their imports, each once.
 
+    One file, because of a component's folder on the hub diffusers downloads no more.
+    """
 
-def code_of(module: ModuleType) -> dict[str, str]:
-    """Return {name in the folder: text} of a module and all it imports of this project, by relative imports."""
-    texts, waiting = {}, [module.__name__]
-    for name in waiting:
-        text = inspect.getsource(sys.modules[name])
-        texts[shipped_name(name)] = IMPORT.sub(lambda found: f"from .{shipped_name(found[1])} import", text)
-        package = name.rpartition(".")[0]
-        imported = [importlib.util.resolve_name(each, package) for each in IMPORT.findall(text)]
-        waiting += [each for each in dict.fromkeys(imported) if each not in waiting]
-    # diffusers copies what the first file itself imports, and not what that imports in turn
-    first, *others = texts
-    missing = [name for name in others if f"from .{name} import" not in texts[first]]
-    texts[first] += "".join(f"\nfrom .{name} import __doc__ as _  # noqa\n" for name in missing)
-    return texts
+    def imported(found: re.Match) -> str:
+        name = found[1]
+        if name in written:
+            return ""
+        written.add(name)
+        return f"\n# --- {name} ---\n\n{code_of(name, written)}\n"
+
+    return IMPORT.sub(imported, inspect.getsource(sys.modules[module]))
 
 
 def without_places(value: object) -> object:

@@ -45,7 +45,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: bool = False,
     ):
         if defaults := self.config.get("_use_default_values"):  # another's from_config takes its own for what is listed
-            own = [name for name in defaults if name in ("schedule", "algorithm")]
+            own = [name for name in ("schedule", "algorithm") if name in defaults]
             self.register_to_config(_use_default_values=own)
 
     def solve(self, noise_model: NoiseModel, x: Tensor, steps: int, draw: Callable[[], Tensor]) -> Tensor:
