@@ -6,12 +6,13 @@ CHECKOUT is a clone of https://github.com/huggingface/diffusers at a release. It
 diffusers, and need transformers, peft, parameterized and requests_mock.
 """
 
+import contextlib
 import os
 import platform
 import re
-import shlex
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 if __name__ == "__main__":  # pytest imports this file once more
     sys.path[:1] = [sys.argv[-1], str(Path(__file__).resolve().parents[1])]
@@ -92,31 +93,29 @@ SUITES = {  # [control, ours]
 
 
 class Recorder:
-    """Keep {(class, test): outcome}."""
-
-    def __init__(self):
-        self.outcomes = {}
+    outcomes: ClassVar[dict[tuple[str, str], str]] = {}  # (class, test): outcome
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        key = tuple(report.nodeid.split("::")[1:])
         if report.when == "call" or report.outcome != "passed":
-            self.outcomes[key] = report.outcome
+            self.outcomes[tuple(report.nodeid.split("::")[1:])] = report.outcome
 
 
 if __name__ == "__main__":
-    recorder, stdout = Recorder(), sys.stdout
-    sys.stdout = sys.stderr
     options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:warnings", *sys.argv[1:-1]]
-    pytest.main([__file__, *options], plugins=[recorder])
-    sys.stdout = stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        pytest.main([__file__, *options], plugins=[Recorder()])
     release = re.search(r'version="(.*?)"', Path(sys.argv[-1], "setup.py").read_text())[1]
-    print("# diffusers' common tests\n")
-    print(f"`python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:-1]])} CHECKOUT` on {torch_device}, ", end="")
-    print(f"{platform.machine()} with {os.cpu_count()} cores; torch {torch.__version__}, diffusers ", end="")
-    print(f"{diffusers.__version__}, the tests of {release}.\n")
-    print("| suite | test | DiTPipeline's | ours |\n|---|---|---|---|")
+    print(f"""# diffusers' common tests
+
+    python benchmarks/diffusers_tests.py CHECKOUT
+
+Of diffusers {release}, run with {diffusers.__version__} and torch {torch.__version__} on {torch_device}, \
+{platform.machine()} with {os.cpu_count()} cores.
+
+| suite | test | DiTPipeline's | ours |
+|---|---|---|---|""")
     for suite, classes in SUITES.items():
-        control, ours = ({k[1]: o for k, o in recorder.outcomes.items() if k[0] == each} for each in classes)
+        control, ours = ({k[1]: o for k, o in Recorder.outcomes.items() if k[0] == each} for each in classes)
         control = {test: control.get(test) for test in ours}  # without those about DiT or DDIM alone
         counts = ([*f.values()].count(o) for f in (control, ours) for o in ("passed", "failed", "skipped"))
         print("| " + suite + " | passed, failed, skipped | {}, {}, {} | {}, {}, {} |".format(*counts))

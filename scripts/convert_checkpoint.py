@@ -7,7 +7,7 @@ weights), a pipeline folder, or hf://OWNER/REPOSITORY/FILE. OUT decides what is 
 
     NAME.safetensors   this project's names, with the config and the class names inside
     NAME.pth           a plain state dict in the released names
-    a new folder       a pipeline for libs/pipeline.py, with the autoencoder and the class names
+    a new folder       a diffusers pipeline, with the autoencoder, the class names and the code
 
 Beside the first and in the last is a short model card, README.md. Tensors stay as they are, to the bit, in whatever
 precision they are stored. The config is --config, or else what was saved with the weights: inside a .safetensors, in a

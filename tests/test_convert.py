@@ -57,6 +57,7 @@ def test_every_way_round_is_exact(state, config_file, tiny_config, tmp_path):
     converting.convert(str(tmp_path / "pipeline"), tmp_path / "own" / "a.safetensors")
     assert same(load_file(tmp_path / "own" / "a.safetensors"), state)
     assert not list(tmp_path.rglob("*.tmp"))
+    assert not any(str(tmp_path) in card.read_text() for card in tmp_path.rglob("README.md"))
 
 
 @pytest.mark.parametrize("name", ["DiMR-XL-2R", "DiMR-G-2R"])
