@@ -42,7 +42,7 @@ STATE_FILE = "state.json"
 WEIGHTS_FILE = "nnet.safetensors"
 EMA_FILE = "nnet_ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-PIPELINE_FILE = "network/diffusion_pytorch_model.safetensors"
+PIPELINE_FILES = "transformer/diffusion_pytorch_model*"
 
 CONFIG_KEY = "config"  # in a state.json, and in the metadata of a safetensors file
 PROFILE_KEY = "ema_profile"  # in that metadata
@@ -129,7 +129,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file or a PyTorch pickle (.pth, .pt), on the CPU.
+    """Read the tensors of a safetensors file, a PyTorch pickle (.pth, .pt, .bin) or all that an index lists.
 
     Of a training checkpoint that nests them, the EMA weights are taken.
 
@@ -143,6 +143,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     kind = file_kind(path) or (SAFETENSORS if path.suffix == ".safetensors" else None)
     problem = f"is {kind}, no weights" if kind else None
     try:
+        if ".index." in path.name and path.suffix == ".json":  # of a model in several files
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            return {name: each for shard in shards for name, each in read_state_dict(path.with_name(shard)).items()}
         if kind == SAFETENSORS:
             state, problem = load_file(path), None
         elif kind is None:
@@ -156,6 +159,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
                 problem = f"holds something else ({found}): expected a plain state dict of tensors"
     except SafetensorError as error:
         problem = f"is not a whole safetensors file ({error})"
+    except UserError:  # of a shard
+        raise
     except pickle.UnpicklingError:
         problem = "could not be read as a plain state dict: it is damaged, or holds more than tensors, that is, code"
     except Exception as error:  # torch.load raises many types for a damaged file, of an empty one without a message
@@ -205,12 +210,15 @@ def find_weights(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    for name in (EMA_FILE, "nnet_ema.pth", PIPELINE_FILE, WEIGHTS_FILE, "nnet.pth"):
+    shipped = [file.relative_to(path) for file in path.glob(PIPELINE_FILES) if "-of-" not in file.name]
+    plain = {"diffusion_pytorch_model", "safetensors", "bin", "index", "json"}  # anything else is a variant, as fp16
+    shipped.sort(key=lambda file: (len(set(file.name.split(".")) - plain), ".bin" in file.name))
+    for name in (EMA_FILE, "nnet_ema.pth", *shipped, WEIGHTS_FILE, "nnet.pth"):
         if (path / name).is_file():
             if name in (WEIGHTS_FILE, "nnet.pth"):
                 logging.warning("%s has no EMA weights; taking %s, whose samples are worse", path, name)
             return path / name
-    raise UserError(f"{path} is a folder without {EMA_FILE} or nnet_ema.pth (or {PIPELINE_FILE}): give a .ckpt folder")
+    raise UserError(f"{path} is a folder without {EMA_FILE} or nnet_ema.pth (or {PIPELINE_FILES}): give a .ckpt folder")
 
 
 def fetch_from_hub(address: str) -> Path:
@@ -337,7 +345,7 @@ def saved_settings(weights: Path) -> dict | None:
             found = {key: json.loads(found[key]) for key in (CONFIG_KEY, "step", "class_names") if key in found}
         elif beside.is_file():
             found = json.loads(beside.read_text())
-        elif weights.match(PIPELINE_FILE) and index.is_file():
+        elif weights.match(PIPELINE_FILES) and index.is_file():
             found = json.loads(index.read_text())
             names = found["id2label"] and list(found["id2label"].values())
             found = {**found["trained"], "class_names": names}

@@ -8,7 +8,6 @@ Image i is a function of (config.seed, i, its label) and, through rounding, of t
 """
 
 import contextlib
-import difflib
 import json
 import re
 import runpy
@@ -25,7 +24,7 @@ import sde
 from libs import UserError
 from libs.autoencoder import Autoencoder, finite, float_to_uint8, load_autoencoder
 from libs.checkpoint import (
-    PIPELINE_FILE,
+    PIPELINE_FILES,
     differences,
     find_weights,
     fitting_weights,
@@ -47,8 +46,8 @@ Sampler = Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
 
 
 def config_json(config: ConfigDict) -> dict:
-    """Return a config as plain JSON values."""
-    return json.loads(config.to_json_best_effort())
+    """Return a config as plain JSON values, paths in the repository from its root: saved, they go to other machines."""
+    return json.loads(config.to_json_best_effort().replace(f'"{ROOT}/', '"'))
 
 
 def config_from_json(values: dict) -> ConfigDict:
@@ -237,7 +236,7 @@ class Model:
         """
         model = cls.open_network(path, config, torch.device(device), precision, compile)
         vae = model.weights.parent.parent / "vae"
-        if config is None and model.weights.match(PIPELINE_FILE) and vae.is_dir():
+        if config is None and model.weights.match(PIPELINE_FILES) and vae.is_dir():
             model.config.autoencoder.pretrained_path = str(vae)
         if autoencoder is not None:
             model.config.autoencoder.pretrained_path = autoencoder
@@ -352,44 +351,3 @@ def class_names(config: ConfigDict, weights: Path) -> list[str]:
     synsets = n == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
     imagenet = synsets and (names[0], names[-1]) == ("n01440764", "n15075141")  # tench ... toilet tissue
     return imagenet_names() if nameless or imagenet else names
-
-
-def find_classes(word: str, names: Sequence[str]) -> list[int]:
-    """Return labels of the classes that a number, a name or a part of one may mean, likeliest first.
-
-    First the class of that number, then of that name, then those that begin with it, then those that contain it; for a
-    word without any, names spelt much like it. Case is ignored. An empty word means every class.
-    """
-    lower = [name.lower() for name in names]
-    wanted = word.strip().lower()
-    ranks = {}
-    for label, name in enumerate(lower):
-        begins = str(label).startswith(wanted) or name.startswith(wanted)
-        kinds = (wanted == str(label), wanted == name, begins, wanted in name)
-        if any(kinds):
-            ranks[label] = kinds.index(True)
-    found = sorted(ranks, key=ranks.get)
-    if found or wanted.isdecimal():
-        return found
-    return [lower.index(name) for name in difflib.get_close_matches(wanted, lower, n=5)]
-
-
-def class_label(word: int | str, names: Sequence[str]) -> int:
-    """Return the label of a class given by its number or its name.
-
-    A word of digits is a number, even where a class has that name. Case is ignored unless names differ in nothing else.
-    len(names) is the null label: no class.
-    """
-    if isinstance(word, str) and not word.strip().isdecimal():
-        wanted = word.strip()
-        same = [label for label, name in enumerate(names) if name == wanted]
-        same = same or [label for label, name in enumerate(names) if name.lower() == wanted.lower()]
-        if len(same) == 1:
-            return same[0]
-        near = same or find_classes(wanted, names)[:5] or range(min(5, len(names)))
-        shown = ", ".join(f"{names[label]} ({label})" for label in near)
-        problem = "several classes are" if same else "no class is"
-        raise UserError(f"{problem} called {word!r}" + (f"; there are {shown}" if shown else ""))
-    if int(word) != float(word) or not 0 <= int(word) <= len(names):
-        raise UserError(f"class labels are 0..{len(names)} ({len(names)}: no class); found {word}")
-    return int(word)

@@ -27,8 +27,8 @@ class TimeDependentVector(nn.Module):
         self.time_bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        gate = torch.sigmoid(t[:, None] * (self.time_weight + 1) + self.time_bias)
-        return torch.lerp(self.param1, self.param0, gate)
+        gate = torch.sigmoid(t[:, None] * (at_least_float32(self.time_weight) + 1) + at_least_float32(self.time_bias))
+        return torch.lerp(at_least_float32(self.param1), at_least_float32(self.param0), gate)
 
 
 def per_sample(vector: Tensor, x: Tensor) -> Tensor:

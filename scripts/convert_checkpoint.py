@@ -7,7 +7,7 @@ weights), a pipeline folder, or hf://OWNER/REPOSITORY/FILE. OUT decides what is 
 
     NAME.safetensors   this project's names, with the config and the class names inside
     NAME.pth           a plain state dict in the released names
-    a new folder       a pipeline for libs/pipeline.py, with the autoencoder and the class names
+    a new folder       a diffusers pipeline, with the autoencoder, the class names and the code
 
 Beside the first and in the last is a short model card, README.md. Tensors stay as they are, to the bit. The config is
 --config, or else what was saved with the weights; for the released files give configs/DiMR-XL-2R_imagenet256.py or
@@ -33,7 +33,9 @@ from libs.dimr import DiMR
 from libs.files import check_writable, file_digest, replacing, replacing_folder
 from libs.launch import errors_in_one_line
 from libs.model import class_names, config_json, open_autoencoder, read_network
-from libs.pipeline import DiMRNetwork, DiMRPipeline, SolverScheduler
+from libs.network import DiMRNetwork
+from libs.pipeline import DiMRPipeline
+from libs.scheduler import SolverScheduler
 
 CARD = """---
 library_name: dimr

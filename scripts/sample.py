@@ -33,10 +33,11 @@ import utils
 from libs import UserError, launch
 from libs.autoencoder import check_finite
 from libs.checkpoint import checkpoint_folders
+from libs.class_names import class_label
 from libs.files import check_writable, replacing
 from libs.images import draw_sheet
 from libs.launch import errors_in_one_line
-from libs.model import Model, class_label
+from libs.model import Model
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
 MOST_TIMES = 8  # of a trajectory that are shown

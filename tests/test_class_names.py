@@ -9,7 +9,8 @@ from forked import run_forked
 from safetensors.torch import save_file
 
 from libs import checkpoint
-from libs.model import Model, class_label, class_names, config_json, find_classes, imagenet_names
+from libs.class_names import class_label, find_classes
+from libs.model import Model, class_names, config_json, imagenet_names
 from libs.pipeline import DiMRPipeline
 from scripts import convert_checkpoint as converting
 from scripts import sample

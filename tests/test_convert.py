@@ -52,15 +52,16 @@ def test_every_way_round_is_exact(state, config_file, tiny_config, tmp_path, dty
     torch.save(released, tmp_path / "released.pth")
     converting.convert(str(tmp_path / "released.pth"), tmp_path / "own" / "a.safetensors", str(config_file))
     assert same(load_file(tmp_path / "own" / "a.safetensors"), state)
+    with safe_open(tmp_path / "own" / "a.safetensors", "pt") as file:
+        inside = config_from_json(json.loads(file.metadata()["config"]))
+    assert config_json(inside) == config_json(tiny_config)
     converting.convert(str(tmp_path / "own" / "a.safetensors"), tmp_path / "pipeline")
     converting.convert(str(tmp_path / "pipeline"), tmp_path / "back.pth")
     assert same(torch.load(tmp_path / "back.pth", weights_only=True), released)
     converting.convert(str(tmp_path / "pipeline"), tmp_path / "own" / "a.safetensors")
     assert same(load_file(tmp_path / "own" / "a.safetensors"), state)
-    with safe_open(tmp_path / "own" / "a.safetensors", "pt") as file:
-        inside = config_from_json(json.loads(file.metadata()["config"]))
-    assert config_json(inside) == config_json(tiny_config)
     assert not list(tmp_path.rglob("*.tmp"))
+    assert not any(str(tmp_path) in card.read_text() for card in tmp_path.rglob("README.md"))
 
 
 def test_a_training_checkpoint_brings_its_config_step_and_a_card(state, tiny_config, tmp_path, capsys):
