@@ -504,7 +504,11 @@ class DiffusionModel:
         self.predict, self.schedule, self.prediction = predict, schedule, prediction
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        return convert(self.schedule, x, self.predict(x, t), t, self.prediction, "eps")
+        return self.output(x, t, "eps")
+
+    def output(self, x: Tensor, t: float, wanted: str) -> Tensor:
+        """Evaluate the network, and convert to one of PREDICTIONS."""
+        return convert(self.schedule, x, self.predict(x, t), t, self.prediction, wanted)
 
     def slope(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Compute dx/dt of the probability-flow ODE, and eps, by one evaluation."""
@@ -537,7 +541,7 @@ def euler(model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, shift: f
         steps: NFE.
         shift: of `shift_times`.
     """
-    if not isinstance(model, DiffusionModel):
+    if not hasattr(model, "slope"):
         model = DiffusionModel(model, schedule)
     whole = isinstance(schedule, LinearSchedule) and model.prediction != "eps"
     times = schedule.grid(steps, shift, 1.0, 0.0) if whole else schedule.grid(steps, shift)
@@ -566,7 +570,7 @@ def euler_maruyama(
         steps: NFE, at least 2.
         draw: gives standard normal noise of the shape of x; None: from the global generator.
     """
-    model = noise_model if isinstance(noise_model, DiffusionModel) else DiffusionModel(noise_model, schedule)
+    model = noise_model if hasattr(noise_model, "slope") else DiffusionModel(noise_model, schedule)
     times = F.pad(torch.linspace(1e-3, schedule.t_end, steps, dtype=torch.float64), (1, 0))  # 0 first
     rate, sigma, t = schedule.noise_rate(times).tolist(), schedule.sigma(times).tolist(), times.tolist()
     for i in range(steps, 0, -1):

@@ -12,4 +12,5 @@ from configs import digits_released
 def get_config():
     config = digits_released.get_config()
     config.update(schedule="linear", prediction="v", time_sampling="logit_normal")
+    config.sample.scale = 4.0
     return config

@@ -21,7 +21,14 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -29,7 +36,9 @@ from torch import Tensor
 from libs import UserError
 from libs.class_names import class_label
 from libs.randomness import SampleNoise
-from sde import DiscreteSchedule, NoiseModel, get_schedule, guided_noise_model
+from sde import DiffusionModel, DiscreteSchedule, get_schedule, guided_predictions
+
+OUTPUTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}  # diffusers' prediction_type: one of sde.PREDICTIONS
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -46,6 +55,7 @@ class DiMRPipeline(DiffusionPipeline):
         id2label: {label: name}, so that classes can be called by names; their numbers where there is none.
         defaults: guidance_scale, guidance_power, guidance_interval and num_inference_steps of a call that gives none.
         trained: {"config": of the run, as JSON values, "step"}, which `libs.checkpoint.saved_settings` reads again.
+        prediction: what the network predicts, one of `sde.PREDICTIONS`.
 
     Attributes:
         labels: {name: label}, sorted by name.
@@ -63,11 +73,13 @@ class DiMRPipeline(DiffusionPipeline):
         id2label: dict | None = None,
         defaults: dict | None = None,
         trained: dict | None = None,
+        prediction: str = "eps",
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         schedule = schedule or scheduler.config.get("schedule", "sd")
-        self.register_to_config(schedule=schedule, id2label=id2label, defaults=defaults, trained=trained)
+        self.register_to_config(schedule=schedule, prediction=prediction)
+        self.register_to_config(id2label=id2label, defaults=defaults, trained=trained)
         names = {int(label): name for label, name in (id2label or {}).items()}
         self.names = [names.get(label, str(label)) for label in range(transformer.n_classes)]
         self.labels = dict(sorted((name, label) for label, name in names.items()))
@@ -123,7 +135,7 @@ class DiMRPipeline(DiffusionPipeline):
         indices = list(range(len(labels))) if indices is None else flatten(indices)
         check_guidance(scale, power, interval)
         check_draws(len(labels), steps, generator, seed, indices)
-        check_scheduler(self.scheduler, self.config.schedule)
+        check_scheduler(self.scheduler, self.config.schedule, self.config.prediction)
         check_output(output_type, self.vae, self.transformer.channels)
 
         if generator is None:
@@ -135,35 +147,42 @@ class DiMRPipeline(DiffusionPipeline):
             def draw() -> Tensor:
                 return randn_tensor(shape, generator=noises, device=device, dtype=torch.float32)
 
-        predict = functools.partial(self.transformer, return_dict=False)
+        network = functools.partial(self.transformer, return_dict=False)
         y, schedule = torch.tensor(labels, device=device), get_schedule(self.config.schedule)
-        guided = guided_noise_model(predict, schedule, y, self.transformer.null_label, scale, power, interval)
+        guidance, prediction = (self.transformer.null_label, scale, power, interval), self.config.prediction
+        guided = guided_predictions(network, schedule, y, *guidance, prediction=prediction)
         with self.progress_bar(total=steps) as progress:
 
-            def noise_model(x: Tensor, t: float) -> Tensor:
+            def finest(x: Tensor, t: float) -> Tensor:
                 progress.update()
-                return guided(x, t)
+                return guided(x, t)[-1]
 
+            model = DiffusionModel(finest, schedule, prediction)
             if hasattr(self.scheduler, "solve"):
-                x = self.scheduler.solve(noise_model, draw(), steps, draw)
+                x = self.scheduler.solve(model, draw(), steps, draw)
             else:
-                x = self.step_by_step(noise_model, draw(), steps, generator)
+                x = self.step_by_step(model, draw(), steps, generator)
         images = x if output_type == "latent" else as_output(self.decode(x), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def step_by_step(self, noise_model: NoiseModel, x: Tensor, steps: int, generator: Generators) -> Tensor:
-        """Sample from noise x (B, C, H, W) with a scheduler of diffusers, whose index k is time (k + 1) / N here."""
-        scheduler = self.scheduler
+    def step_by_step(self, model: DiffusionModel, x: Tensor, steps: int, generator: Generators) -> Tensor:
+        """Sample from noise x (B, C, H, W) with a scheduler of diffusers.
+
+        Its timestep k is time (k + 1) / N here, and k / N on the linear path, where it takes the velocity.
+        """
+        scheduler, linear = self.scheduler, self.config.schedule == "linear"
+        wanted = "v" if linear else OUTPUTS[scheduler.config.prediction_type]
         scheduler.set_timesteps(steps, device=x.device)
-        times = ((scheduler.timesteps.cpu().double() + 1) / scheduler.config.num_train_timesteps).tolist()
+        first = 0 if linear else 1
+        times = ((scheduler.timesteps.cpu().double() + first) / scheduler.config.num_train_timesteps).tolist()
         if times[0] < times[-1]:
             raise UserError(f"{type(scheduler).__name__} goes from images to noise: take another scheduler")
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        x = x * scheduler.init_noise_sigma
+        x = x if linear else x * scheduler.init_noise_sigma
         for k, t in zip(scheduler.timesteps, times, strict=True):
-            eps = noise_model(scheduler.scale_model_input(x, k), t)
-            x = scheduler.step(eps, k, x, **extra).prev_sample
+            output = model.output(x if linear else scheduler.scale_model_input(x, k), t, wanted)
+            x = scheduler.step(output, k, x, **extra).prev_sample
         return x
 
     def decode(self, x: Tensor) -> Tensor:
@@ -284,21 +303,24 @@ def check_output(output_type: str, vae: ModelMixin | None, channels: int) -> Non
         raise UserError(f"vae must normalize by one scaling_factor above 0; {found} does not")
 
 
-def check_scheduler(scheduler: SchedulerMixin, schedule: str) -> None:
-    """Raise UserError unless a scheduler has the network's noise schedule; one of diffusers can have sd alone."""
+def check_scheduler(scheduler: SchedulerMixin, schedule: str, prediction: str = "eps") -> None:
+    """Raise UserError unless a scheduler has the network's path: of diffusers', sd, or linear for v and x."""
     config, table = scheduler.config, getattr(scheduler, "alphas_cumprod", None)
     expected = DiscreteSchedule().table.exp()
     problem = None
     if hasattr(scheduler, "solve"):
         problem = f"the network's schedule is {schedule}" if config.schedule != schedule else None
+    elif schedule == "linear":
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and prediction != "eps"
+        problem = None if flow else f"the network predicts {prediction} on the linear path"
     elif schedule != "sd":
         problem = f"the network's schedule is {schedule}, of continuous times"
     elif table is None:
         problem = "it has no discrete noise schedule (alphas_cumprod)"
     elif len(table) != len(expected) or not torch.allclose(table.double().cpu(), expected, rtol=1e-4):
         problem = "it has another noise schedule"
-    elif config.get("prediction_type") != "epsilon":
-        problem = f"prediction_type is {config.get('prediction_type')}, not epsilon"
+    elif config.get("prediction_type") not in OUTPUTS:
+        problem = f"prediction_type is {config.get('prediction_type')}, none of {', '.join(OUTPUTS)}"
     elif config.get("clip_sample") or config.get("thresholding"):
         problem = "it clips samples (clip_sample, thresholding)"
     if problem:

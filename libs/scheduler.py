@@ -24,6 +24,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     Args:
         schedule: a key of `sde.SCHEDULES`.
         algorithm: a key of `SOLVERS`.
+        time_shift: of `sde.shift_times`.
         num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample: the schedule sd in
             diffusers' terms, for SomeScheduler.from_config(pipe.scheduler.config).
     """
@@ -43,15 +44,17 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: str = "scaled_linear",
         prediction_type: str = "epsilon",
         clip_sample: bool = False,
+        time_shift: float = 1.0,
     ):
         if defaults := self.config.get("_use_default_values"):  # another's from_config takes its own for what is listed
-            own = [name for name in ("schedule", "algorithm") if name in defaults]
+            own = [name for name in ("schedule", "algorithm", "time_shift") if name in defaults]
             self.register_to_config(_use_default_values=own)
 
     def solve(self, noise_model: NoiseModel, x: Tensor, steps: int, draw: Callable[[], Tensor]) -> Tensor:
         """Sample from noise x (B, C, H, W) with an NFE of `steps`."""
         check_steps(self.config.algorithm, steps, "num_inference_steps")
-        return SOLVERS[self.config.algorithm](noise_model, get_schedule(self.config.schedule), x, steps, draw)
+        schedule, solver = get_schedule(self.config.schedule), SOLVERS[self.config.algorithm]
+        return solver(noise_model, schedule, x, steps, draw, self.config.time_shift)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Begin a sample: list in `timesteps` where the solver evaluates the network."""

@@ -3,9 +3,12 @@
 import itertools
 import math
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_weights
 from test_solvers import mixture_noise_model, noise
 from test_train import losses
 
@@ -14,7 +17,11 @@ import sde
 import train as training
 from libs import UserError
 from libs.model import Model
+from libs.pipeline import DiMRPipeline
+from libs.randomness import SampleNoise
+from libs.scheduler import SolverScheduler
 from libs.solvers import SOLVERS
+from scripts import convert_checkpoint as converting
 from scripts import sample
 
 OBJECTIVES = list(itertools.product(sde.SCHEDULES, sde.PREDICTIONS))
@@ -268,6 +275,46 @@ def test_flow_matching_trains_resumes_samples_and_is_not_taken_for_another(flow,
         changed[name] = other
         with pytest.raises(UserError, match=f"another config .{name}: {flow[name]} there, {other} now"):
             Model.open(weights, changed)
+
+
+def test_the_pipeline_samples_what_was_trained(flow, tmp_path):
+    """By our solver as eval.py does; by diffusers' flow matching as Euler's method on its own times."""
+    flow.sample.update(scale=2.0, sample_steps=5)
+    training.train(flow, tmp_path / "run")
+    weights = tmp_path / "run" / "ckpts" / "6.ckpt"
+    converting.convert(str(weights), tmp_path / "pipeline")
+    pipe = DiMRPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    model = Model.open(weights)
+    expected = model.sampler()([0, 1], [1, 2])[0]
+    found = torch.from_numpy(np.stack(pipe([1, 2], seed=flow.seed).images)).permute(0, 3, 1, 2)
+    assert torch.equal(found, expected)
+
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    latents = pipe([1, 2], seed=flow.seed, output_type="latent", guidance_scale=1.0).images
+    x = SampleNoise([0, 1], flow.seed, tuple(flow.z_shape), torch.device("cpu")).draw()
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and len(sigmas) == 6
+    with torch.no_grad():
+        for t, following in itertools.pairwise(sigmas):
+            v = model.nnet(x, torch.tensor([2 * t - 1]), torch.tensor([1, 2]))[-1]
+            x = x + (following - t) * v
+    torch.testing.assert_close(latents, x, rtol=0, atol=1e-4)
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(UserError, match="DDIMScheduler: the network predicts v on the linear path"):
+        pipe([1])
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_scheduler_of_diffusers_may_want_another_prediction(tiny_config, tmp_path, prediction):
+    save_weights(tiny_config, tmp_path / "a.safetensors")
+    converting.convert(str(tmp_path / "a.safetensors"), tmp_path / "pipeline")
+    pipe, results = DiMRPipeline.from_pretrained(tmp_path / "pipeline"), []
+    pipe.set_progress_bar_config(disable=True)
+    for kind in ("epsilon", prediction):
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(SolverScheduler().config, prediction_type=kind)
+        results.append(pipe([1, 2], output_type="latent", num_inference_steps=8).images)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), OBJECTIVES)
