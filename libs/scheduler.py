@@ -38,13 +38,13 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self,
         schedule: str = "sd",
         algorithm: str = "dpm_solver",
+        time_shift: float = 1.0,
         num_train_timesteps: int = DiscreteSchedule.n_timesteps,
         beta_start: float = DiscreteSchedule.beta_start,
         beta_end: float = DiscreteSchedule.beta_end,
         beta_schedule: str = "scaled_linear",
         prediction_type: str = "epsilon",
         clip_sample: bool = False,
-        time_shift: float = 1.0,
     ):
         if defaults := self.config.get("_use_default_values"):  # another's from_config takes its own for what is listed
             own = [name for name in ("schedule", "algorithm", "time_shift") if name in defaults]

@@ -58,7 +58,7 @@ def build_pipeline(nnet: DiMR, state: dict[str, Tensor], config: ConfigDict, fil
     nnet.load_state_dict(state, assign=True)
     return DiMRPipeline(
         DiMRNetwork.of(nnet, config.nnet.norm_type),
-        SolverScheduler(config.schedule, sample.algorithm, time_shift=sample.time_shift),
+        SolverScheduler(config.schedule, sample.algorithm, sample.time_shift),
         autoencoder.vae if autoencoder else None,
         config.schedule,
         dict(enumerate(class_names(config, file))),

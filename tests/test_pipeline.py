@@ -130,7 +130,8 @@ def test_schedulers_of_diffusers_reach_the_exact_solution(pipe, name, settings, 
 
     settings = {"timestep_spacing": "linspace", **settings}
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
-    found = pipe.step_by_step(noise_model, noise.clone(), 900, torch.Generator().manual_seed(0))
+    model = sde.DiffusionModel(noise_model, sde.DiscreteSchedule())
+    found = pipe.step_by_step(model, noise.clone(), 900, torch.Generator().manual_seed(0))
     (alpha_1, sigma_1), (alpha_0, sigma_0) = alpha_sigma(1.0), alpha_sigma(end)
     deviations = ((sigma_0**2 + alpha_0**2 / 4) / (sigma_1**2 + alpha_1**2 / 4)).sqrt()
     assert (found - (alpha_0 * 0.3 + (noise - alpha_1 * 0.3) * deviations)).abs().max() < bound
@@ -167,7 +168,11 @@ def test_a_scheduler_that_draws_noise_is_seeded(pipe):
         ("DDIMScheduler", {"trained_betas": [0.01] * 1000}, "it has another noise schedule"),
         ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "it has another noise schedule"),
         ("DDIMScheduler", {"clip_sample": True}, "it clips samples"),
-        ("DDIMScheduler", {"prediction_type": "sample"}, "prediction_type is sample, not epsilon"),
+        (
+            "DDIMScheduler",
+            {"prediction_type": "flow"},
+            "prediction_type is flow, none of epsilon",
+        ),
         ("EDMEulerScheduler", {}, "it has no discrete noise schedule"),
         ("FlowMatchEulerDiscreteScheduler", {}, "it has no discrete noise schedule"),
         ("DDIMInverseScheduler", {}, "goes from images to noise"),
