@@ -31,9 +31,9 @@ HEAD = """# Objectives on the digits
 
 {machine}
 
-configs/digits_released.py with the schedule, prediction and law of training times of each row; NFE 6 of dpm_solver, guidance as
-in that config (scale 3.5, power 2) or none. Class accuracy of the generated digits and Fréchet distance of the features of
-`scripts/score_digits.py` (lower is better; floor: that of held-out digits).
+configs/digits_released.py with the schedule, prediction and law of training times of each row; NFE 6 of dpm_solver,
+guidance as in that config (scale 3.5, power 2) or none. Class accuracy of the generated digits and Fréchet distance of
+the features of `scripts/score_digits.py` (lower is better; floor: that of held-out digits).
 
 | schedule, prediction, times | seed | accuracy, guided | distance, guided | accuracy | distance | floor |
 |---|---|---|---|---|---|---|
