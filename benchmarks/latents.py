@@ -107,7 +107,7 @@ def main():
     ways = [  # pickled files; the store by worker processes, and by threads
         lambda store, seed: pickled_loader(workdir / "pickled"),
         lambda store, seed: make_loader(store, SomeBatches(len(store), BATCH, seed), WORKERS, pin_memory=False),
-        lambda store, seed: read_ahead(store, SomeBatches(len(store), BATCH, seed), WORKERS),
+        lambda store, seed: read_ahead(store.read, SomeBatches(len(store), BATCH, seed), WORKERS),
     ]
     # The first pass fills the cache and is not counted.
     warm = [[records_per_second(way(store, seed)) for seed in range(1 + REPEATS)][1:] for way in ways]

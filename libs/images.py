@@ -130,27 +130,18 @@ class ImageTree:
         return os.path.join(self.root, self.name(i))
 
 
-class ImageBatches:
-    """Batches of a tree's pictures, for a `DataLoader` with `batch_size=None`.
+def read_range(tree: ImageTree, size: Size, images: tuple[int, int]) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Read pictures first..last - 1 of a tree, for `images` = (first, last), cropped to `size`.
 
-    Item j is the pictures ranges[j] = (first, one past the last) that could be read, uint8 (B, 3, height, width), and
-    [(index, reason)] of those that could not.
+    Returns uint8 (B, 3, height, width) of those that can be read, and [(index, reason)] of those that cannot.
     """
-
-    def __init__(self, tree: ImageTree, ranges: list[tuple[int, int]], resolution: Size):
-        self.tree, self.ranges, self.resolution = tree, ranges, resolution
-
-    def __len__(self) -> int:
-        return len(self.ranges)
-
-    def __getitem__(self, j: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        images, unreadable = [np.empty((0, 3, *sides(self.resolution)), np.uint8)], []
-        for i in range(*self.ranges[j]):
-            try:
-                images.append(read_image(self.tree.path(i), self.resolution)[None])
-            except UnreadableImage as error:
-                unreadable.append((i, str(error)))
-        return np.concatenate(images), unreadable
+    pictures, unreadable = [np.empty((0, 3, *sides(size)), np.uint8)], []
+    for i in range(*images):
+        try:
+            pictures.append(read_image(tree.path(i), size)[None])
+        except UnreadableImage as error:
+            unreadable.append((i, str(error)))
+    return np.concatenate(pictures), unreadable
 
 
 def batch_ranges(first: int, last: int, batch_size: int) -> list[tuple[int, int]]:

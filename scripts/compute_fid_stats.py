@@ -12,18 +12,19 @@ grow with the number of images.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
+from libs.data import read_ahead
 from libs.files import check_writable, replacing
-from libs.images import ImageBatches, ImageTree, batch_ranges, image_size
+from libs.images import ImageTree, batch_ranges, image_size, read_range
 from libs.inception import find_inception, load_adm_inception
 from libs.launch import cpu_count, errors_in_one_line
 from libs.metrics import GaussianStatistics, NpzImages, stack_batches
@@ -39,10 +40,10 @@ def open_images(args: argparse.Namespace) -> tuple[int, Iterator[torch.Tensor]]:
     if not args.resolution:
         raise UserError("a folder of images needs --resolution, the size they are cropped to")
     tree = ImageTree(args.images)
-    batches = ImageBatches(tree, batch_ranges(0, len(tree), args.batch_size), args.resolution)
+    read, ranges = partial(read_range, tree, args.resolution), batch_ranges(0, len(tree), args.batch_size)
 
     def readable() -> Iterator[torch.Tensor]:
-        for images, unreadable in DataLoader(batches, batch_size=None, num_workers=args.workers):
+        for images, unreadable in read_ahead(read, ranges, args.workers, by_processes=True, depth=2):
             if unreadable:
                 raise UserError(f"an image cannot be read: {unreadable[0][1]}. Replace or remove it")
             yield images

@@ -16,21 +16,23 @@ import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
 from libs.autoencoder import Autoencoder, load_autoencoder, uint8_to_float
-from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
+from libs.data import read_ahead
+from libs.images import ImageTree, batch_ranges, image_size, read_range, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import cpu_count, errors_in_one_line, make_state, raise_on_all_ranks
 
@@ -59,16 +61,13 @@ def encode_shards(
     """
     ranges_of = {shard: batch_ranges(*writer.image_range(shard), args.batch_size) for shard in shards}
     ranges = [r for shard in shards for r in ranges_of[shard]]
-    loader = DataLoader(
-        ImageBatches(tree, ranges, args.resolution),
-        batch_size=None,
-        num_workers=min(args.workers, len(ranges)),
-        pin_memory=state.device.type == "cuda",
-    )
-    batches, all_unreadable, writing = iter(loader), [], None
+    read, workers = partial(read_range, tree, args.resolution), min(args.workers, len(ranges))
+    batches = read_ahead(read, ranges, workers, state.device.type == "cuda", by_processes=True, depth=2)
+    all_unreadable, writing = [], None
     n_views, n_images = 2 if args.flip else 1, sum(stop - start for start, stop in ranges)
     hidden = not state.is_main_process
-    with ThreadPoolExecutor(1) as thread, tqdm(total=n_images, unit=" images", disable=hidden) as progress:
+    progress = tqdm(total=n_images, unit=" images", disable=hidden)
+    with closing(batches), ThreadPoolExecutor(1) as thread, progress:
         for shard in shards:
             first, last = writer.image_range(shard)
             records = np.empty(((last - first) * n_views, *writer.settings["record_shape"]), args.dtype)

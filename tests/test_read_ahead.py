@@ -23,14 +23,14 @@ class Numbers:
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_batches_come_in_order(n_threads):
     batches = [[3 * k, 3 * k + 1, 3 * k + 2] for k in range(50)]
-    result = list(read_ahead(Numbers(), batches, n_threads))
+    result = list(read_ahead(Numbers().read, batches, n_threads))
     assert [records.tolist() for records, _ in result] == batches
     assert [labels.tolist() for _, labels in result] == batches
 
 
 def test_an_endless_order_is_read_only_a_few_batches_ahead():
     numbers = Numbers()
-    batches = read_ahead(numbers, ([k] for k in itertools.count()), n_threads=2, depth=3)
+    batches = read_ahead(numbers.read, ([k] for k in itertools.count()), n_workers=2, depth=3)
     assert [next(batches)[1].item() for _ in range(5)] == [0, 1, 2, 3, 4]
     assert len(numbers.asked) <= 5 + 2 * 3
     before = threading.active_count()
@@ -39,7 +39,7 @@ def test_an_endless_order_is_read_only_a_few_batches_ahead():
 
 
 def test_errors_come_in_their_place():
-    batches = read_ahead(Numbers(fails_at=2), [[0], [1], [2], [3]], n_threads=2)
+    batches = read_ahead(Numbers(fails_at=2).read, [[0], [1], [2], [3]], n_workers=2)
     assert [next(batches)[1].item() for _ in range(2)] == [0, 1]
     with pytest.raises(ValueError, match="record 2 is damaged"):
         next(batches)
