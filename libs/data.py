@@ -7,6 +7,8 @@ a process copies them through a pipe, which costs several times what reading lat
 
 import itertools
 import multiprocessing
+import os
+import pickle
 import queue
 import signal
 from collections import deque
@@ -146,7 +148,7 @@ class CallsInProcesses:
         connection = self.idle.get()
         try:
             connection.send(item)
-            result = connection.recv()
+            result = receive(connection)
         except (EOFError, OSError) as error:
             advice = "give fewer --workers, or lower config.dataset.num_workers"
             raise UserError(f"a reading process ended (killed? out of memory?): {advice}") from error
@@ -158,7 +160,7 @@ class CallsInProcesses:
 
 
 def serve(function: Callable[[Any], Any], connection: Connection) -> None:
-    """Answer each item that comes through `connection` with function(item), or its error, until the other end closes."""
+    """Answer each item that comes through `connection` with function(item), or its error, until the end closes."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     with suppress(EOFError, OSError):
@@ -168,7 +170,32 @@ def serve(function: Callable[[Any], Any], connection: Connection) -> None:
                 result = function(item)
             except Exception as error:
                 result = ExceptionWithTraceback(error, error.__traceback__)
-            connection.send(result)
+            send(connection, result)
+
+
+def send(connection: Connection, value: Any) -> None:
+    """Send a value whose arrays are not copied into the message, but follow it."""
+    buffers = []
+    message = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    connection.send((message, [len(view) for view in views]))
+    for view in views:
+        while view:
+            view = view[os.write(connection.fileno(), view) :]
+
+
+def receive(connection: Connection) -> Any:
+    """Receive what `send` sends. Raises EOFError, OSError where the other end is gone."""
+    message, sizes = connection.recv()
+    arrays = [np.empty(size, np.uint8) for size in sizes]
+    for array in arrays:
+        view = memoryview(array)
+        while view:
+            n = os.readv(connection.fileno(), [view])
+            if not n:
+                raise EOFError
+            view = view[n:]
+    return pickle.loads(message, buffers=arrays)
 
 
 def kill_all(processes: list[multiprocessing.Process]) -> None:
