@@ -6,7 +6,6 @@ Needs 10 GB of disk in the working folder (reused if it is there), about five mi
 right to drop the page cache (root).
 """
 
-import argparse
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import describe_run
 from benchmarks.random_latents import write_store
 from libs.data import StepBatches, make_loader, read_ahead
+from libs.launch import Parser
 
 SHAPE = (8, 32, 32)
 N_RECORDS, BATCH, WORKERS = 20_000, 256, 2
@@ -91,7 +91,7 @@ def bytes_read():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--workdir", default="/tmp/latents_benchmark")
     parser.add_argument("--out", default="benchmarks/results/latents.md")
     args = parser.parse_args()

@@ -191,8 +191,8 @@ class ImageDataset:
 
     releases_gil = False
 
-    def __init__(self, root: str | Path, resolution: Size, flip: bool = False):
-        self.tree = ImageTree(root)
+    def __init__(self, root: str | Path, resolution: Size, flip: bool = False, leave_out: Collection[str] = ()):
+        self.tree = ImageTree(root, leave_out)
         self.views = 2 if flip else 1
         self.record_shape = (3, *sides(resolution))
         self.class_names = self.tree.class_names
@@ -208,7 +208,11 @@ class ImageDataset:
         labels = self.tree.labels[indices // self.views].astype(np.int64)
         records = np.empty((len(indices), *self.record_shape), dtype=np.uint8)
         for record, (picture, mirrored) in zip(records, np.stack(np.divmod(indices, self.views), 1), strict=True):
-            pixels = read_image(self.tree.path(picture), self.record_shape[1:])
+            try:
+                pixels = read_image(self.tree.path(picture), self.record_shape[1:])
+            except UnreadableImage as error:
+                advice = "replace it and re-run to resume, or list all such by scripts/check_images.py"
+                raise UnreadableImage(f"{error}: {advice}") from error
             record[...] = pixels[:, :, ::-1] if mirrored else pixels
         return records, labels
 

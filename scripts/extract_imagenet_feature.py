@@ -34,7 +34,7 @@ from libs.autoencoder import Autoencoder, load_autoencoder, uint8_to_float
 from libs.data import read_ahead
 from libs.images import ImageTree, batch_ranges, image_size, read_range, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
-from libs.launch import cpu_count, errors_in_one_line, make_state, raise_on_all_ranks
+from libs.launch import Parser, cpu_count, errors_in_one_line, make_state, raise_on_all_ranks
 
 AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
 
@@ -146,6 +146,8 @@ def prepare(writer: StoreWriter, tree: ImageTree, args: argparse.Namespace) -> l
     if needed > free:
         found = f"{args.out} needs {needed / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free"
         raise UserError(f"{found}: free space, set another --out, or use --dtype float16")
+    if tree.left_out:
+        print(tree.left_out)
     print(f"{len(tree)} images in {len(tree.class_names)} classes; {n_images} to encode in {len(todo)} shards")
     return todo
 
@@ -159,13 +161,13 @@ def finish(writer: StoreWriter, tree: ImageTree, unreadable: list[tuple[int, str
             raise UserError(f"{found}: replace them, or give --skip_unreadable to leave them out, and re-run")
     writer.finish(tree.labels, tree.name)
     store = LatentStore(args.out)
+    if absent := [name for name, n in zip(tree.class_names, store.meta["images_per_class"], strict=True) if not n]:
+        print(f"warning: no image is left of {len(absent)} classes, which cannot be learned: {', '.join(absent)}")
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__.split("\n\n")[0], argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--images", required=True, help="folder with one folder per class, or of images alone")
     add("--out", required=True, help="folder of the latent store")
