@@ -138,7 +138,8 @@ class CallsInProcesses:
         processes = []
         for _ in range(n):
             connection, other_end = multiprocessing.Pipe()
-            processes.append(multiprocessing.Process(target=serve, args=(function, other_end), daemon=True))
+            ends = other_end, connection
+            processes.append(multiprocessing.Process(target=serve, args=(function, *ends), daemon=True))
             processes[-1].start()
             other_end.close()  # or the end of the process would not close the pipe
             self.idle.put(connection)
@@ -159,8 +160,9 @@ class CallsInProcesses:
         return result
 
 
-def serve(function: Callable[[Any], Any], connection: Connection) -> None:
-    """Answer each item that comes through `connection` with function(item), or its error, until the end closes."""
+def serve(function: Callable[[Any], Any], connection: Connection, other_end: Connection) -> None:
+    """Answer each item that comes through `connection` by function(item) or its error, until the other end closes."""
+    other_end.close()  # this process's own copy, which would keep the pipe open when the main process is gone
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     with suppress(EOFError, OSError):

@@ -1,9 +1,8 @@
 """A sampled set of images on disk: eval.py writes it, img2npz.py and the scores read it.
 
-A folder holds the images of one range of indices of a set as <index>.png, or as other programs name them: 000000.png, as
-many digits in each. Beside them lie sampling.json, all that
-decides the images, and class_lab.txt, one label per line in index order. A set is one folder, or several whose ranges
-are disjoint and together the whole.
+A folder holds the images of one range of indices of a set as <index>.png, or as other programs name them: 000000.png,
+with as many digits in each. Beside them lie sampling.json, all that decides the images, and class_lab.txt, one label
+per line in index order. A set is one folder, or several whose ranges are disjoint and together the whole.
 """
 
 import os
