@@ -32,6 +32,7 @@ from libs import UserError, launch
 from libs.autoencoder import check_finite
 from libs.checkpoint import differences, ema_profile
 from libs.files import file_digest, replacing
+from libs.images import is_data
 from libs.launch import raise_on_all_ranks
 from libs.metrics import PlannedImages, Reference, Scores
 from libs.model import Model, Sampler, config_json, image_size, network_settings
@@ -40,7 +41,6 @@ from libs.sample_set import (
     LABELS_FILE,
     RANGE,
     SETTINGS_FILE,
-    TEMPORARY_NAME,
     SampleSet,
     SetWriter,
     balanced_label,
@@ -96,7 +96,7 @@ def begin_set(folder: Path, indices: range, labels: Sequence[int], settings: dic
     """
     if settings is not None:
         found = read_settings(folder)
-        if not found and folder.is_dir() and not all(TEMPORARY_NAME.fullmatch(path.name) for path in folder.iterdir()):
+        if not found and folder.is_dir() and any(is_data(path.name) for path in folder.iterdir()):
             raise UserError(f"{folder} holds files but no {SETTINGS_FILE}: give an empty or new --IMGsave_path")
         if found and (different := differences(found, settings)):
             raise UserError(

@@ -11,7 +11,6 @@ missing, doubled, extra, unreadable, non-RGB or differently sized images, or wit
 refused by name: then nothing is written, and a file that is there already stays.
 """
 
-import argparse
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from libs import UserError
 from libs.files import check_writable, replacing
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 from libs.sample_set import SampleSet, shorten
 
 
@@ -63,7 +62,7 @@ def img2npz(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="*", default=["saved_images"], help="what eval.py wrote (%(default)s)")
     parser.add_argument("--out", help="file to write (default: the folder's name + .npz)")
     parser.add_argument(

@@ -10,6 +10,7 @@ and SIGHUP save at the next step and end with status 75 and the file requeue in 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -111,6 +112,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
     # accelerate calls evaluation mode.
     nnet = accelerator.prepare_model(state.nnet, device_placement=False, evaluation_mode=settings.sharded)
     nnet.train()
+    with raise_on_all_ranks(accelerator):
+        step_data = list(itertools.islice(data, settings.accumulation))
 
     stopping = save_due = False
     allowed = min(MAX_SKIPPED, settings.n_steps - state.step)  # or nothing would have been trained
@@ -120,9 +123,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
         set_lr(state.optimizer, lr)
         draws = step_draws(config.seed, state.step, settings.batch_size, tuple(config.z_shape), device)
         state.optimizer.zero_grad()
-        for rows in batches.rows:  # a micro-batch each
-            records, labels = next(data)
-            log.timer.mark("data")
+        for rows, (records, labels) in zip(batches.rows, step_data, strict=True):  # a micro-batch each
             own = draws.rows(rows)
             x0, y = network_inputs(records, labels, own, config.dataset, autoencoder, null_label)
             last = rows is batches.rows[-1]
@@ -132,7 +133,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
                 loss = sde.weighted_sum(losses, weights)  # (b,)
                 accelerator.backward(loss.mean() / settings.accumulation)
             log.losses.add(loss.detach(), losses.detach(), t)
-            log.timer.mark("forward_backward")
+        log.timer.mark("forward_backward")
+        with stop.noting_errors():  # of the next step, so that this one is saved
+            step_data = list(itertools.islice(data, settings.accumulation))
+        log.timer.mark("data")
         grad_norm = state.update(settings.grad_clip)
         stopping = stop.agreed()
         log.timer.mark("rest")
@@ -164,6 +168,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
             log.timer.reset()
 
     log.progress.close()
+    if state.step < settings.n_steps:
+        stop.raise_noted(accelerator)
     return end_run(workdir, state, state.step < settings.n_steps, main, lock)
 
 

@@ -3,6 +3,7 @@
 import errno
 import math
 import operator
+import os
 import runpy
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from libs.files import file_digest
 from libs.images import ImageDataset
 from libs.inception import find_inception, load_adm_inception
 from libs.latents import LatentStore
-from libs.launch import raise_on_all_ranks
+from libs.launch import expand_homes, raise_on_all_ranks
 from libs.logger import code_version
 from libs.metrics import (
     ImageSet,
@@ -43,6 +44,7 @@ ROOT = Path(__file__).resolve().parent
 def load_config(path: str | Path) -> ml_collections.ConfigDict:
     """Run a config file and return what its get_config() returns, checked for missing fields."""
     config = runpy.run_path(str(path))["get_config"]()
+    expand_homes(config)
     common.check_fields(config, path)
     return config
 
@@ -147,7 +149,13 @@ def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | N
             autoencoder=autoencoder.identity,
         )
         return dataset
-    dataset = ImageDataset(path, (height, width), flip=config.dataset.flip)
+    if (Path(path) / "index.json").exists():
+        raise UserError(f"{path} holds latents: set config.autoencoder.pretrained_path, or a folder of images")
+    listed = Path(config.dataset.leave_out).read_bytes().split(b"\n") if config.dataset.leave_out else []
+    leave_out = [os.fsdecode(name) for name in listed if name]
+    dataset = ImageDataset(path, (height, width), config.dataset.flip, leave_out)
+    if dataset.tree.left_out:
+        logging.warning("%s: %s", path, dataset.tree.left_out)
     if n_classes not in (0, dataset.n_classes):
         raise UserError(f"config.dataset.n_classes is {n_classes}, but {path} has {dataset.n_classes} folders")
     return dataset

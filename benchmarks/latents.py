@@ -6,7 +6,6 @@ Needs 10 GB of disk in the working folder (reused if it is there), about five mi
 right to drop the page cache (root).
 """
 
-import argparse
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import describe_run
 from benchmarks.random_latents import write_store
 from libs.data import StepBatches, make_loader, read_ahead
+from libs.launch import Parser
 
 SHAPE = (8, 32, 32)
 N_RECORDS, BATCH, WORKERS = 20_000, 256, 2
@@ -91,7 +91,7 @@ def bytes_read():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--workdir", default="/tmp/latents_benchmark")
     parser.add_argument("--out", default="benchmarks/results/latents.md")
     args = parser.parse_args()
@@ -107,7 +107,7 @@ def main():
     ways = [  # pickled files; the store by worker processes, and by threads
         lambda store, seed: pickled_loader(workdir / "pickled"),
         lambda store, seed: make_loader(store, SomeBatches(len(store), BATCH, seed), WORKERS, pin_memory=False),
-        lambda store, seed: read_ahead(store, SomeBatches(len(store), BATCH, seed), WORKERS),
+        lambda store, seed: read_ahead(store.read, SomeBatches(len(store), BATCH, seed), WORKERS),
     ]
     # The first pass fills the cache and is not counted.
     warm = [[records_per_second(way(store, seed)) for seed in range(1 + REPEATS)][1:] for way in ways]

@@ -7,7 +7,6 @@ cuDNN's rules and as its search choose them, optimizer and EMA; beside the ceili
 Takes half a minute. On a CPU (--device=cpu --batch=1) it only shows that it runs.
 """
 
-import argparse
 import itertools
 import sys
 import time
@@ -26,6 +25,7 @@ import utils
 from benchmarks.machine import describe_run
 from benchmarks.speed import matmul_ceiling, wait
 from libs.autoencoder import SD_CONFIG
+from libs.launch import Parser
 from libs.model import build_empty_network
 from libs.optim import clip_or_skip, make_adamw
 
@@ -190,7 +190,7 @@ def memory_and_optimizer(batch, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()

@@ -6,7 +6,6 @@ writes FOLDER/autoencoder (Stable Diffusion's architecture, weights as PyTorch b
 FOLDER/latents (moments of 32x32 cells in float16, made with it as far as training can tell).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs.autoencoder import SD_CONFIG, load_autoencoder
 from libs.latents import LatentStore, StoreWriter
+from libs.launch import Parser
 
 
 def write_store(folder, n_records, moments, autoencoder):
@@ -44,7 +44,7 @@ def write_store(folder, n_records, moments, autoencoder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, default=4096)
     parser.add_argument("--tiny", action="store_true")

@@ -14,7 +14,6 @@ Digits: configs/digits_released.py with its guidance. The reference is the relea
 lambda; the floor is the distance of the second-order multistep solver with the same NFE. Relative to the latents' rms.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import sde
 import utils
 from benchmarks.machine import describe_run
+from libs.launch import Parser
 from libs.model import Model
 from libs.randomness import SampleNoise
 from libs.solvers import SOLVERS, dpm_solver_multistep, dpm_solver_singlestep, lambda_times
@@ -165,7 +165,7 @@ def report_exact():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--digits", metavar="WEIGHTS", help="checkpoint of the digits model: solvers_digits.* only")
     args = parser.parse_args()
     torch.set_num_threads(1)

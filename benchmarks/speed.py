@@ -16,7 +16,6 @@ and, of "train", the losses of the first steps (--losses). "first" is the second
 is compiled. The ceiling is a large matmul in the same run. --profile=FILE appends where a GPU's time went.
 """
 
-import argparse
 import collections
 import copy
 import gc
@@ -36,7 +35,7 @@ import utils
 from benchmarks.machine import describe_run
 from benchmarks.released_recipe import ReleasedRecipe, two_pass_noise_model
 from libs.compilation import compile_network, round_weights
-from libs.launch import keep_freed_memory
+from libs.launch import Parser, keep_freed_memory
 from libs.model import build_network, loss_weights
 from libs.optim import EMA, clip_or_skip, make_adamw
 from libs.solvers import dpm_solver_fast
@@ -235,7 +234,7 @@ def row(variant, before, ceiling):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("task", choices=["train", "gradient", "sample"])
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch", type=int, default=64)

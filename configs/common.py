@@ -76,6 +76,7 @@ def base():
         path="assets/datasets/imagenet256_features",  # a store of latents; of pixels: class-per-folder tree
         n_classes=1000,  # classes, the null class not counted; 0: unconditional
         p_uncond=0.1,  # probability of replacing a label by the null label (classifier-free guidance)
+        leave_out="",  # images only: file of names that are no data, as scripts/check_images.py writes it; "": none
         flip=True,  # images only: each image also mirrored (a store knows by itself)
         num_workers=4,  # threads (latents) or processes (images) that read, per training process; 0: none
     )

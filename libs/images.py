@@ -3,11 +3,13 @@
 Axes: B batch, H W pixels.
 """
 
+import functools
 import hashlib
+import itertools
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +26,13 @@ from libs.files import replacing
 SMALLEST = 96  # pixels of a picture's side in a sheet: smaller ones are enlarged by a whole factor
 
 Size = int | tuple[int, int]  # side of a square, or (height, width), in pixels
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Formats that Pillow opens but does not read, or has Ghostscript read
+UNREAD_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# What systems and file servers put beside pictures, in lower case; names with a leading dot are no data either
+NO_DATA = {"@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin", "recycler"}
+NO_DATA |= {"system volume information", "__macosx", "lost+found", "thumbs.db", "desktop.ini"}
+# Factor from the transparent value of a PNG to the depth that Pillow reads it in, by its raw mode
+TRANSPARENT_VALUE = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 class UnreadableImage(UserError):
@@ -36,12 +44,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for values whose range is not known: floating point, more than 16 bits.
     """
+    transparent = image.info.get("transparency")
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"the range of its values (mode {image.mode}) is not known: save it as 8 or 16 bits")
-        return Image.fromarray(((values.astype(np.float64) + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        eight_bits = ((values.astype(np.float64) + 128) // 257).astype(np.uint8)
+        eight_bits[values == (-1 if transparent is None else transparent)] = 255
+        return Image.fromarray(eight_bits).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or transparent is not None:
+        if factor := TRANSPARENT_VALUE.get(image.tile[0][3] if image.tile else ""):
+            scaled = [int(value * factor) for value in np.atleast_1d(transparent)]
+            image.info["transparency"] = tuple(scaled) if len(scaled) > 1 else scaled[0]
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -63,12 +77,17 @@ def center_crop(image: Image.Image, size: Size) -> np.ndarray:
     """Resize and crop an RGB image as ADM does (Dhariwal & Nichol 2021), here to any proportions.
 
     Halve by box while both sides are at least twice the wanted ones, resize bicubically until the wanted size just
-    fits in (also upwards), keep the center: uint8 (height, width, 3). For a square this is ADM's own crop.
+    fits in (also upwards), keep the center: uint8 (height, width, 3). For a square this is ADM's own crop. Of a line
+    of pixels only the center is resized, as the whole would take gigabytes.
     """
     height, width = sides(size)
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
+    if image.width * image.height * scale**2 > 100 * width * height:
+        w, h = width / scale, height / scale
+        left, top = (image.width - w) / 2, (image.height - h) / 2
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + w, top + h)))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return np.asarray(image)[top : top + height, left : left + width]
@@ -90,30 +109,44 @@ def read_image(path: str | Path, size: Size) -> np.ndarray:
 class ImageTree:
     """The pictures under a folder: one class per sub-folder, or a flat folder as one class.
 
-    Classes are the sub-folders in sorted order (label = position), pictures in sorted order within a class; names
-    starting with a dot and files that are no pictures are skipped. Paths are one NumPy array, so that a tree of
-    millions of pictures is cheap to send to worker processes.
+    Classes are the sub-folders in sorted order (label = position), pictures in sorted order within a class, at any
+    depth, links followed. What is no data and files that are no pictures by their ending are skipped. Paths are one
+    NumPy array, so that a tree of millions of pictures is cheap to send to worker processes.
 
     Attributes:
         class_names: list of str; of a flat folder, ["images"].
+        left_out: what is skipped by its ending, in words; "" for nothing.
         labels: int32 array (n,).
         digest: SHA-256 of the relative paths in order: the same for the same tree, wherever it lies.
     """
 
-    def __init__(self, root: str | Path):
-        """Raises FileNotFoundError; UserError for no picture, a class without pictures, or pictures beside classes."""
+    def __init__(self, root: str | Path, leave_out: Collection[str] = ()):
+        """Find the pictures, but for those that `leave_out` names by their path relative to the root.
+
+        Raises OSError for a folder that cannot be read; UserError for no picture, a class without pictures, pictures
+        beside classes, a link to nothing, a name to leave out that is not there.
+        """
         self.root = str(root)
-        entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
-        folders = [name for name in entries if os.path.isdir(os.path.join(root, name))]
-        flat = [name for name in entries if _is_image(name) and name not in set(folders)]
+        folders, files = _list(self.root)
+        flat = [name for name in files if _is_picture(name)]
+        files_of = [_files_under(self.root, name, (os.path.realpath(root),)) for name in folders]
+        others = [name for name in itertools.chain(files, *files_of) if not _is_picture(name)]
+        listed = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
+        self.left_out = f"{len(others)} files are no pictures by their ending ({listed})" if others else ""
+        also = f"; {self.left_out}" if others else ""
         if bool(folders) == bool(flat):
             found = f"both class folders ({folders[0]}, ...) and images ({flat[0]}, ...)" if flat else "no images"
-            raise UserError(f"{root} holds {found}: expected one folder per class, or images alone")
-        self.class_names = folders or ["images"]
-        files_of = [_files_under(root, folder) for folder in folders] or [flat]
+            raise UserError(f"{root} holds {found}: expected one folder per class, or images alone{also}")
+        self.class_names = [printable(name) for name in folders] or ["images"]
+        dropped = set(leave_out)
+        files_of = [sorted(filter(_is_picture, names)) for names in files_of] or [flat]
+        if absent := dropped.difference(*files_of):
+            raise UserError(f"{root} does not hold {min(absent)}, which is to be left out: check the images again")
+        files_of = [[name for name in names if name not in dropped] for names in files_of]
         empty = [name for name, files in zip(self.class_names, files_of, strict=True) if not files]
         if empty:  # every folder becomes a class
-            raise UserError(f"{len(empty)} of the {len(folders)} class folders in {root} are empty ({empty[0]}, ...)")
+            found = f"{len(empty)} of the {len(self.class_names)} class folders in {root} are empty"
+            raise UserError(f"{found} ({empty[0]}, ...){also}")
         self.labels = np.repeat(np.arange(len(files_of), dtype=np.int32), [len(files) for files in files_of])
         self._names = np.array([os.fsencode(name) for files in files_of for name in files])
         self.digest = hashlib.sha256(b"\0".join(self._names)).hexdigest()
@@ -130,27 +163,18 @@ class ImageTree:
         return os.path.join(self.root, self.name(i))
 
 
-class ImageBatches:
-    """Batches of a tree's pictures, for a `DataLoader` with `batch_size=None`.
+def read_range(tree: ImageTree, size: Size, images: tuple[int, int]) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Read pictures first..last - 1 of a tree, for `images` = (first, last), cropped to `size`.
 
-    Item j is the pictures ranges[j] = (first, one past the last) that could be read, uint8 (B, 3, height, width), and
-    [(index, reason)] of those that could not.
+    Returns uint8 (B, 3, height, width) of those that can be read, and [(index, reason)] of those that cannot.
     """
-
-    def __init__(self, tree: ImageTree, ranges: list[tuple[int, int]], resolution: Size):
-        self.tree, self.ranges, self.resolution = tree, ranges, resolution
-
-    def __len__(self) -> int:
-        return len(self.ranges)
-
-    def __getitem__(self, j: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        images, unreadable = [np.empty((0, 3, *sides(self.resolution)), np.uint8)], []
-        for i in range(*self.ranges[j]):
-            try:
-                images.append(read_image(self.tree.path(i), self.resolution)[None])
-            except UnreadableImage as error:
-                unreadable.append((i, str(error)))
-        return np.concatenate(images), unreadable
+    pictures, unreadable = [np.empty((0, 3, *sides(size)), np.uint8)], []
+    for i in range(*images):
+        try:
+            pictures.append(read_image(tree.path(i), size)[None])
+        except UnreadableImage as error:
+            unreadable.append((i, str(error)))
+    return np.concatenate(pictures), unreadable
 
 
 def batch_ranges(first: int, last: int, batch_size: int) -> list[tuple[int, int]]:
@@ -167,8 +191,8 @@ class ImageDataset:
 
     releases_gil = False
 
-    def __init__(self, root: str | Path, resolution: Size, flip: bool = False):
-        self.tree = ImageTree(root)
+    def __init__(self, root: str | Path, resolution: Size, flip: bool = False, leave_out: Collection[str] = ()):
+        self.tree = ImageTree(root, leave_out)
         self.views = 2 if flip else 1
         self.record_shape = (3, *sides(resolution))
         self.class_names = self.tree.class_names
@@ -184,23 +208,56 @@ class ImageDataset:
         labels = self.tree.labels[indices // self.views].astype(np.int64)
         records = np.empty((len(indices), *self.record_shape), dtype=np.uint8)
         for record, (picture, mirrored) in zip(records, np.stack(np.divmod(indices, self.views), 1), strict=True):
-            pixels = read_image(self.tree.path(picture), self.record_shape[1:])
+            try:
+                pixels = read_image(self.tree.path(picture), self.record_shape[1:])
+            except UnreadableImage as error:
+                advice = "replace it and re-run to resume, or list all such by scripts/check_images.py"
+                raise UnreadableImage(f"{error}: {advice}") from error
             record[...] = pixels[:, :, ::-1] if mirrored else pixels
         return records, labels
 
 
-def _is_image(name):
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def is_data(name: str) -> bool:
+    """Tell whether a file or folder of this name is the user's, not put there by a system or file server."""
+    return not name.startswith(".") and name.lower() not in NO_DATA
 
 
-def _files_under(root, folder):
-    """Return the pictures anywhere under root/folder, as sorted paths relative to root."""
-    found = []
-    for parent, folders, files in os.walk(os.path.join(root, folder)):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(os.path.relpath(parent, root)).as_posix()
-        found += [f"{below}/{name}" for name in files if _is_image(name) and not name.startswith(".")]
-    return sorted(found)
+def printable(name: str) -> str:
+    """Return a file's name as it can be printed and written as JSON: bytes that are not UTF-8 as \\x.."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+@functools.cache
+def picture_endings() -> frozenset[str]:
+    """Return the endings of files that Pillow, as it is installed here, can read: ".jpg", ..."""
+    Image.init()
+    formats = Image.OPEN.keys() - UNREAD_FORMATS
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
+
+
+def _is_picture(name):
+    return os.path.splitext(name)[1].lower() in picture_endings()
+
+
+def _list(folder):
+    """Return the sorted names of the folders and the files in a folder, by what links lead to."""
+    folders, files = [], []
+    for entry in os.scandir(folder):
+        if is_data(entry.name):
+            (folders if entry.is_dir() else files).append(entry.name)
+            if entry.is_symlink() and not os.path.exists(entry.path) and not _is_picture(entry.name):
+                raise UserError(f"{entry.path} links to nothing: restore what it links to, or remove it")
+    return sorted(folders), sorted(files)
+
+
+def _files_under(root, folder, above):
+    """Return the files anywhere under root/folder, as paths relative to root; a link to a folder `above` is skipped."""
+    here = os.path.realpath(os.path.join(root, folder))
+    if here in above:
+        return []
+    folders, files = _list(os.path.join(root, folder))
+    deeper = [_files_under(root, f"{folder}/{name}", (*above, here)) for name in folders]
+    return [f"{folder}/{name}" for name in files] + list(itertools.chain.from_iterable(deeper))
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

@@ -4,6 +4,7 @@ The one module of libs/ that reads flags and the config behind them. Processes a
 error of one is raised by all.
 """
 
+import argparse
 import ctypes
 import gc
 import os
@@ -11,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -135,6 +136,7 @@ def run(main: Callable[[list[str]], None], check: Callable[[ml_collections.Confi
             sys.stderr.flush()
             os._exit(1)  # not sys.exit: other processes may be waiting for this one, which must not wait for them
 
+    print_any_name()
     gc.freeze()  # what was imported stays: looking through it for garbage at the end alone took a second
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
@@ -155,12 +157,46 @@ def config_name() -> str:
     return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
 
 
+def expand_home(word: str) -> str:
+    """Expand ~/ in front of a path or, as shells do not, of the value in --name=value."""
+    flag, path = re.fullmatch(r"(--[\w.\[\]]+=)?(.*)", word, re.DOTALL).groups("")
+    return flag + os.path.expanduser(path)
+
+
+def expand_homes(config: ml_collections.ConfigDict) -> None:
+    """Expand ~/ in front of all strings of a config."""
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            expand_homes(value)
+        elif isinstance(value, str):
+            config[name] = os.path.expanduser(value)
+
+
+def print_any_name() -> None:
+    """Let file names that are not UTF-8 be printed, with \\x.. for the bytes that are not."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a program's flags, described by its docstring; ~/ is expanded in front of every value."""
+
+    def __init__(self, doc: str, formatter_class: type = argparse.RawDescriptionHelpFormatter):
+        super().__init__(description=doc, formatter_class=formatter_class)
+        print_any_name()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple:
+        """Parse sys.argv unless `args` is given, as argparse does."""
+        return super().parse_known_args(
+            [expand_home(word) for word in (sys.argv[1:] if args is None else args)], namespace
+        )
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse flags of the form --name=value, with ~/ allowed in front of a value; a mistake in them ends the program."""
-    argv = [re.sub(r"^(--[\w.\[\]]+=)~/", rf"\g<1>{Path.home()}/", word) for word in argv]  # shells leave it as it is
     try:
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.config.to_dict  # noqa: B018 (a missing file is reported at the first use only)
+        rest = flags.FLAGS([expand_home(word) for word in argv])
+        expand_homes(flags.FLAGS.config)  # a missing file is reported at this first use only
     except (flags.Error, OSError) as error:
         sys.exit(f"error: {error}")
     except (AttributeError, LookupError, TypeError) as error:  # ml_collections' errors of an override
@@ -229,7 +265,7 @@ class StopRequest:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self):
-        self.received = ""
+        self.received, self.error = "", None
         self.launcher = os.getppid() if started_by_launcher() else None
         heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self.previous = {number: signal.signal(number, self._note) for number in heeded}
@@ -239,6 +275,20 @@ class StopRequest:
         self.received = signal.Signals(number).name
         if number == signal.SIGINT and self.launcher is None:  # torchrun sends it again to those that had it already
             signal.signal(number, signal.SIG_DFL)
+
+    @contextmanager
+    def noting_errors(self) -> Iterator[None]:
+        """Take an error of the block that a user can mend for a request to stop; `raise_noted` raises it."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.received, self.error = "an error", error
+
+    def raise_noted(self, state: accelerate.Accelerator) -> None:
+        """Raise what `noting_errors` noted on any process on all of them."""
+        with raise_on_all_ranks(state):
+            if self.error is not None:
+                raise self.error
 
     def agreed(self) -> bool:
         """Tell whether any process has been asked to stop. A collective call, once a step.

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from libs import UserError
+from libs.images import printable
 
 EXPLODED = 100  # a loss so many times the median of recent ones
 
@@ -196,6 +197,8 @@ def drop_later_lines(path: Path, step: int) -> None:
 
 def lock_workdir(workdir: Path) -> IO:
     """Lock a work folder against a second training run, until the returned file is closed or the process ends."""
+    if printable(str(workdir)) != str(workdir):
+        raise UserError(f"{workdir} is not UTF-8, as TensorBoard and safetensors need: set another --workdir")
     file = open(workdir / ".lock", "w")  # noqa: SIM115 (closing it ends the lock)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
 """A sampled set of images on disk: eval.py writes it, img2npz.py and the scores read it.
 
-A folder holds the images of one range of indices of a set as <index>.png. Beside them lie sampling.json, all that
-decides the images, and class_lab.txt, one label per line in index order. A set is one folder, or several whose ranges
-are disjoint and together the whole.
+A folder holds the images of one range of indices of a set as <index>.png, or as other programs name them: 000000.png,
+with as many digits in each. Beside them lie sampling.json, all that decides the images, and class_lab.txt, one label
+per line in index order. A set is one folder, or several whose ranges are disjoint and together the whole.
 """
 
 import os
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from libs import UserError
 from libs.files import read_json, replacing
+from libs.images import is_data
 
 SETTINGS_FILE = "sampling.json"
 LABELS_FILE = "class_lab.txt"
 RANGE = "indices"  # the setting that differs between the parts of a set: [first, end)
 IMAGE_NAME = re.compile(r"(0|[1-9][0-9]*)\.png")
-TEMPORARY_NAME = re.compile(r"\..*\.tmp")
+ZEROS, PADDED_NAME = re.compile(r"00+\.png"), re.compile(r"[0-9]+\.png")
 PNG_END = bytes.fromhex("49454e44ae426082")  # the IEND chunk: a PNG without it is cut short
 READ_AHEAD = 256  # images decoded at a time: 50 MB at 256x256
 
@@ -150,12 +151,19 @@ def read_settings(folder: Path) -> dict:
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of a set: its settings, the indices of its images, and their labels, None without class_lab.txt."""
+    """One folder of a set: its settings, the indices of its images, the digits in each of their names at least, and
+    their labels, None without class_lab.txt.
+    """
 
     folder: Path
     settings: dict
     indices: range
+    digits: int
     labels: list[int] | None
+
+    def names(self) -> list[str]:
+        """Return the names of its images, in order."""
+        return [f"{i:0{self.digits}}.png" for i in self.indices]
 
 
 def open_part(folder: Path, n_samples: int | None = None) -> Part:
@@ -166,8 +174,9 @@ def open_part(folder: Path, n_samples: int | None = None) -> Part:
     Args:
         n_samples: images expected; None: what sampling.json says, else as many as in class_lab.txt, else as found.
     """
-    names = {entry.name for entry in os.scandir(folder) if not TEMPORARY_NAME.fullmatch(entry.name)}
-    names -= {SETTINGS_FILE, LABELS_FILE}
+    names = {entry.name for entry in os.scandir(folder) if is_data(entry.name)} - {SETTINGS_FILE, LABELS_FILE}
+    first = min(names, default="")
+    digits = len(first) - len(".png") if ZEROS.fullmatch(first) and len({len(name) for name in names}) == 1 else 1
     settings, labels_file = read_settings(folder), folder / LABELS_FILE
     labels = expected_labels = None
     try:
@@ -181,21 +190,25 @@ def open_part(folder: Path, n_samples: int | None = None) -> Part:
         elif labels is not None:
             indices, source = range(len(labels)), LABELS_FILE
         else:
-            indices, source = range(sum(bool(IMAGE_NAME.fullmatch(name)) for name in names)), "the images found"
+            pattern = IMAGE_NAME if digits == 1 else PADDED_NAME
+            indices, source = range(sum(bool(pattern.fullmatch(name)) for name in names)), "the images found"
         if {"dataset.n_classes", "n_samples"} <= settings.keys():
             total, n_classes = settings["n_samples"], settings["dataset.n_classes"]
             expected_labels = [balanced_label(i, total, n_classes) for i in indices]
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{folder}: {SETTINGS_FILE} or {LABELS_FILE} is damaged ({error}): sample again") from error
-    wanted = [f"{i}.png" for i in indices or range(1)]
+    wanted = Part(folder, settings, indices or range(1), digits, labels).names()
     missing, extra = [name for name in wanted if name not in names], sorted(names.difference(wanted))
     if missing or extra:
         problems = [f"{len(x)} {what} ({shorten(x)})" for x, what in ((missing, "missing"), (extra, "extra")) if x]
         found = f"{folder}: expected {wanted[0]} to {wanted[-1]} by {source}, found {' and '.join(problems)}"
-        raise UserError(f"{found}: re-run eval.py, remove what does not belong, or set --n_samples")
+        advice = "re-run eval.py, remove what does not belong, or set --n_samples"
+        if not settings:
+            advice += "; name images of other programs 0.png, 1.png, ... or all with as many digits, from 000000.png on"
+        raise UserError(f"{found}: {advice}")
     if labels is not None and (len(labels) != len(indices) or labels != (expected_labels or labels)):
         raise UserError(f"{labels_file} does not hold the labels of {span(indices)}: re-run eval.py, which writes it")
-    return Part(folder, settings, indices, labels)
+    return Part(folder, settings, indices, digits, labels)
 
 
 class SampleSet:
@@ -233,7 +246,7 @@ class SampleSet:
                     problem = f"{span(range(end, indices.start))} are missing: {way_out}"
                 raise UserError(f"{shorten(self.folders)}: {problem}")
             end = indices.stop
-        self.paths = [part.folder / f"{i}.png" for part in parts for i in part.indices]
+        self.paths = [part.folder / name for part in parts for name in part.names()]
         labels = [part.labels for part in parts]
         self.labels = None if None in labels else list(chain.from_iterable(labels))
         self.name, self.size = str(first.folder), None

@@ -8,7 +8,6 @@ one is above its tolerance: 1e-5; 5e-5 for samplers, whose many steps add up; 1e
 In 16 bits the errors are printed only.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -27,6 +26,7 @@ import sde
 from libs.checkpoint import load_weights, released_name
 from libs.compilation import compile_network
 from libs.dimr import DiMR, StageSpec
+from libs.launch import Parser
 from libs.model import AUTOCAST
 from libs.optim import EMA, make_adamw, set_lr, warmup_lr
 from libs.solvers import dpm_solver_fast
@@ -228,7 +228,7 @@ def check_file(path: str | Path, way: Way = PLAIN) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="golden .safetensors files")
     parser.add_argument("--compile", default="off", choices=["whole", "blocks", "off"], help="as config.train.compile")
     parser.add_argument("--precision", default="no", choices=["no", *AUTOCAST], help="of the network, by autocast")

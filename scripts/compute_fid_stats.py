@@ -12,20 +12,21 @@ grow with the number of images.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
+from libs.data import read_ahead
 from libs.files import check_writable, replacing
-from libs.images import ImageBatches, ImageTree, batch_ranges, image_size
+from libs.images import ImageTree, batch_ranges, image_size, read_range
 from libs.inception import find_inception, load_adm_inception
-from libs.launch import cpu_count, errors_in_one_line
+from libs.launch import Parser, cpu_count, errors_in_one_line
 from libs.metrics import GaussianStatistics, NpzImages, stack_batches
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -39,10 +40,12 @@ def open_images(args: argparse.Namespace) -> tuple[int, Iterator[torch.Tensor]]:
     if not args.resolution:
         raise UserError("a folder of images needs --resolution, the size they are cropped to")
     tree = ImageTree(args.images)
-    batches = ImageBatches(tree, batch_ranges(0, len(tree), args.batch_size), args.resolution)
+    if tree.left_out:
+        print(tree.left_out)
+    read, ranges = partial(read_range, tree, args.resolution), batch_ranges(0, len(tree), args.batch_size)
 
     def readable() -> Iterator[torch.Tensor]:
-        for images, unreadable in DataLoader(batches, batch_size=None, num_workers=args.workers):
+        for images, unreadable in read_ahead(read, ranges, args.workers, by_processes=True, depth=2):
             if unreadable:
                 raise UserError(f"an image cannot be read: {unreadable[0][1]}. Replace or remove it")
             yield images
@@ -71,7 +74,7 @@ def compute(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--images", required=True, help="folder, or .npz with arr_0")
     parser.add_argument("--out", required=True, help=".npz to write")
     parser.add_argument(

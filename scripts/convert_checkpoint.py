@@ -14,7 +14,6 @@ Beside the first and in the last is a short model card, README.md. Tensors stay 
 configs/DiMR-G-2R_imagenet256.py.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ from libs import UserError
 from libs.checkpoint import released_name, saved_settings, settings_metadata, write_safetensors
 from libs.dimr import DiMR
 from libs.files import check_writable, file_digest, replacing, replacing_folder
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 from libs.model import class_names, config_json, open_autoencoder, read_network
 from libs.network import DiMRNetwork
 from libs.pipeline import DiMRPipeline
@@ -114,7 +113,7 @@ def convert(weights: str, out: Path, config_path: str | None = None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("weights", help="file, folder or hf://OWNER/REPOSITORY/FILE")
     parser.add_argument("out", type=Path, help="NAME.safetensors, NAME.pth or a new folder")
     parser.add_argument("--config", help="the config it was trained with; what is saved with the weights unless given")

@@ -8,7 +8,6 @@ scripts/sample.py makes of the same seed and settings as sample j of the first c
 this machine only (from another one: `ssh -L 7860:127.0.0.1:7860 MACHINE`) and asks nothing of any other.
 """
 
-import argparse
 import contextlib
 import html
 import importlib.util
@@ -26,7 +25,7 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 from libs.model import Model
 from scripts.sample import draw_samples, open_model, trajectory_sheet, with_settings
 
@@ -137,7 +136,7 @@ def serve(model: Model, port: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--nnet_path", help="weights, as of eval.py; the quickstart's newest unless given")
     parser.add_argument("--config", help="the config it was trained with; what is saved with the weights unless given")
     parser.add_argument("--autoencoder", help="file, folder or hub id; the config's unless given")

@@ -3,7 +3,6 @@
 python scripts/draw_network.py --config configs/DiMR-XL-2R_imagenet256.py --out assets/pictures/network.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
+from libs.launch import Parser
 from libs.model import build_network
 
 matplotlib.use("Agg")
@@ -81,7 +81,7 @@ def draw(config: ml_collections.ConfigDict, title: str, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", default="configs/DiMR-XL-2R_imagenet256.py")
     parser.add_argument("--out", default="assets/pictures/network.png")
     arguments = parser.parse_args()

@@ -21,7 +21,7 @@ import utils
 from libs import UserError
 from libs.files import check_writable
 from libs.inception import find_inception
-from libs.launch import TIMEOUT, errors_in_one_line, make_state
+from libs.launch import TIMEOUT, Parser, errors_in_one_line, make_state
 from libs.metrics import NpzImages, open_reference
 from libs.report import NAMES, usual_mistakes, write_report
 from libs.sample_set import SampleSet
@@ -54,7 +54,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("reference", metavar="REF", help=".npz with images or statistics")
     parser.add_argument("samples", metavar="SAMPLES", nargs="+", help=".npz with images, or folder of eval.py")
     parser.add_argument("--out", help="folder for the report: metrics.json, report.md, samples.png")

@@ -16,23 +16,25 @@ import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from libs import UserError
 from libs.autoencoder import Autoencoder, load_autoencoder, uint8_to_float
-from libs.images import ImageBatches, ImageTree, batch_ranges, image_size, sides
+from libs.data import read_ahead
+from libs.images import ImageTree, batch_ranges, image_size, read_range, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
-from libs.launch import cpu_count, errors_in_one_line, make_state, raise_on_all_ranks
+from libs.launch import Parser, cpu_count, errors_in_one_line, make_state, raise_on_all_ranks
 
 AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
 
@@ -59,16 +61,13 @@ def encode_shards(
     """
     ranges_of = {shard: batch_ranges(*writer.image_range(shard), args.batch_size) for shard in shards}
     ranges = [r for shard in shards for r in ranges_of[shard]]
-    loader = DataLoader(
-        ImageBatches(tree, ranges, args.resolution),
-        batch_size=None,
-        num_workers=min(args.workers, len(ranges)),
-        pin_memory=state.device.type == "cuda",
-    )
-    batches, all_unreadable, writing = iter(loader), [], None
+    read, workers = partial(read_range, tree, args.resolution), min(args.workers, len(ranges))
+    batches = read_ahead(read, ranges, workers, state.device.type == "cuda", by_processes=True, depth=2)
+    all_unreadable, writing = [], None
     n_views, n_images = 2 if args.flip else 1, sum(stop - start for start, stop in ranges)
     hidden = not state.is_main_process
-    with ThreadPoolExecutor(1) as thread, tqdm(total=n_images, unit=" images", disable=hidden) as progress:
+    progress = tqdm(total=n_images, unit=" images", disable=hidden)
+    with closing(batches), ThreadPoolExecutor(1) as thread, progress:
         for shard in shards:
             first, last = writer.image_range(shard)
             records = np.empty(((last - first) * n_views, *writer.settings["record_shape"]), args.dtype)
@@ -147,6 +146,8 @@ def prepare(writer: StoreWriter, tree: ImageTree, args: argparse.Namespace) -> l
     if needed > free:
         found = f"{args.out} needs {needed / 1e6:,.1f} MB more, its disk has {free / 1e6:,.1f} MB free"
         raise UserError(f"{found}: free space, set another --out, or use --dtype float16")
+    if tree.left_out:
+        print(tree.left_out)
     print(f"{len(tree)} images in {len(tree.class_names)} classes; {n_images} to encode in {len(todo)} shards")
     return todo
 
@@ -160,13 +161,13 @@ def finish(writer: StoreWriter, tree: ImageTree, unreadable: list[tuple[int, str
             raise UserError(f"{found}: replace them, or give --skip_unreadable to leave them out, and re-run")
     writer.finish(tree.labels, tree.name)
     store = LatentStore(args.out)
+    if absent := [name for name, n in zip(tree.class_names, store.meta["images_per_class"], strict=True) if not n]:
+        print(f"warning: no image is left of {len(absent)} classes, which cannot be learned: {', '.join(absent)}")
     print(f"{args.out}: {len(store)} records of {store.record_shape} {store.dtype}, {store.n_classes} classes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__.split("\n\n")[0], argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--images", required=True, help="folder with one folder per class, or of images alone")
     add("--out", required=True, help="folder of the latent store")

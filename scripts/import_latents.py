@@ -26,7 +26,7 @@ from libs import UserError
 from libs.autoencoder import LOGVAR_RANGE, Autoencoder, load_autoencoder
 from libs.latent_formats import FORMATS
 from libs.latents import DTYPES, LatentStore, StoreWriter
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 
 
 def as_moments(values: np.ndarray, autoencoder: Autoencoder, scaled: bool) -> np.ndarray:
@@ -90,7 +90,7 @@ def import_latents(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--source", required=True, help="folder of the features")
     parser.add_argument("--out", required=True, help="folder of the latent store")

@@ -19,7 +19,7 @@ from libs.autoencoder import Autoencoder, float_to_uint8, load_autoencoder
 from libs.files import check_writable, replacing
 from libs.images import draw_sheet
 from libs.latents import LatentStore
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 
 N_DRAWN = 16
 
@@ -69,7 +69,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("store", help="folder of the latent store")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     parser.add_argument("--png", help=f"draw {N_DRAWN} decoded samples into this file (needs --autoencoder)")

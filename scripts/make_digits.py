@@ -8,7 +8,6 @@ PNGs `train/<class>/<id>.png` and `held_out/<class>/<id>.png`, where id is the d
 digits, balanced over the classes and always the same, are held out from everything that is trained.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs import UserError
 from libs.files import replacing_folder
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 
 IMAGE_SIZE = 32
 N_HELD_OUT = 500
@@ -64,7 +63,7 @@ def make_digits(out: str | Path) -> dict[str, int] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", default="workdir/quickstart/digits", help="folder to write (default: %(default)s)")
     args = parser.parse_args()
     with errors_in_one_line():

@@ -7,7 +7,6 @@
 side, without classes. Nothing is downloaded, and the same pictures come out every time. Running it again does nothing.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs import UserError
 from libs.files import replacing_folder
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 from scripts.make_digits import enlarge, split_indices
 
 N_CLASSES = 10
@@ -66,7 +65,7 @@ def make_pictures(out: str | Path, n: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", default="workdir/new_data", help="folder to write (default: %(default)s)")
     parser.add_argument("--n", type=int, default=1200, help="pictures in each folder, 10 or more (default %(default)s)")
     args = parser.parse_args()

@@ -6,7 +6,6 @@ The width is EDM2's sigma_rel. Needs a run trained with config.ema.power_widths 
 and some checkpoints kept (config.train.keep_last, keep_interval). The combination is EDM2's (arXiv 2312.02696).
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from libs.checkpoint import (
     write_safetensors,
 )
 from libs.files import check_writable
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 from libs.optim import posthoc_coefficients
 
 
@@ -56,7 +55,7 @@ def combine(stored: list[tuple[int, float, Path]], step: int, sigma_rel: float) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--ckpts", required=True, type=Path, help="the ckpts folder of a training run")
     parser.add_argument("--width", required=True, type=float, help="sigma_rel of the wanted EMA")
     parser.add_argument("--step", type=int, help="training step at which it ends; the newest unless given")

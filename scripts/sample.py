@@ -12,7 +12,6 @@ that index and label, to the bit. The grid has a row for each guidance scale and
 to 0, each branch's estimate x_0 = (x_t - sigma eps) / alpha at its resolution, coarsest first.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from libs.checkpoint import checkpoint_folders
 from libs.class_names import class_label
 from libs.files import check_writable, replacing
 from libs.images import draw_sheet
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 from libs.model import Model
 
 QUICKSTART = utils.ROOT / "workdir" / "quickstart" / "train" / "ckpts"
@@ -149,7 +148,7 @@ def integers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     listed = "with commas between; the config's unless given; a trajectory takes the first"
     parser.add_argument("--classes", help="numbers or names, with commas between; the first ten unless given")
     parser.add_argument("--nnet_path", help="weights, as of eval.py; the quickstart's newest unless given")

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from libs import UserError
 from libs.files import check_writable, replacing
 from libs.images import ImageTree, read_image, save_grid
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 from libs.metrics import frechet_distance, gaussian_statistics
 from libs.sample_set import SampleSet
 
@@ -171,7 +171,7 @@ def make_report(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--images", default="workdir/quickstart/images", help="folder that eval.py wrote")
     parser.add_argument("--digits", default="workdir/quickstart/digits", help="folder that make_digits.py wrote")
     parser.add_argument("--train_dir", help="folder that train.py wrote, for the loss curve")

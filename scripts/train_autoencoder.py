@@ -29,7 +29,7 @@ from libs import UserError
 from libs.autoencoder import uint8_to_float
 from libs.files import check_writable, replacing_folder
 from libs.images import ImageTree, read_image
-from libs.launch import errors_in_one_line
+from libs.launch import Parser, errors_in_one_line
 
 IMAGE_SIZE = 32
 MAX_SHIFT = 2  # pixels; the digits leave at least this much black around them
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--images", default="workdir/quickstart/digits/train", help="class-per-folder training images")
     add("--held_out", default="workdir/quickstart/digits/held_out", help="images to measure the error on")

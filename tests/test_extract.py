@@ -98,6 +98,11 @@ def test_unreadable_images_are_listed_and_skipped_only_on_request(images, tmp_pa
     assert len(store) == 56 and store.meta["images_per_class"] == [11, 8, 9]
     assert np.bincount(store.read(range(56))[1]).tolist() == [22, 16, 18]
 
+    for file in images.glob("bees/*.png"):
+        file.write_bytes(b"")
+    run(images, tmp_path / "two", tiny_autoencoder, "--skip_unreadable")
+    assert "warning: no image is left of 1 classes, which cannot be learned: bees" in capsys.readouterr().out
+
     for file in images.glob("*/*.png"):
         file.write_bytes(b"")
     with pytest.raises(SystemExit, match="no image is left to store"):

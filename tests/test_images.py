@@ -1,7 +1,12 @@
 import argparse
+import errno
 import io
 import os
 import pickle
+import resource
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,8 @@ from PIL import Image
 from libs import UserError, autoencoder
 from libs.data import StepBatches, make_loader
 from libs.images import ImageDataset, ImageTree, UnreadableImage, center_crop, image_size, read_image, to_rgb
+from libs.launch import Parser
+from libs.logger import lock_workdir
 
 
 def random_pixels(height, width, channels=3, seed=0):
@@ -68,6 +75,17 @@ def test_crop_of_any_proportions():
     assert center_crop(Image.fromarray(pixels), (32, 96)).shape == (32, 96, 3)
 
 
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 30_000)])
+def test_of_a_line_of_pixels_the_center_is_taken_in_little_memory(size):
+    ramp = np.linspace(0, 255, max(size)).astype(np.uint8)
+    pixels = np.broadcast_to(ramp[:, None] if size[1] > size[0] else ramp, size[::-1])
+    image = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    crop = center_crop(image, 256)
+    assert crop.shape == (256, 256, 3) and (np.abs(crop.astype(int) - 127) <= 1).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
 def test_pixels_become_floats_and_come_back():
     pixels = torch.arange(256, dtype=torch.uint8)
     floats = autoencoder.uint8_to_float(pixels)
@@ -119,6 +137,43 @@ def test_transparency_is_laid_over_white(tmp_path):
 
     Image.fromarray(np.dstack([np.full((8, 8), 9, np.uint8), np.zeros((8, 8), np.uint8)])).save(tmp_path / "la.png")
     assert (read_image(tmp_path / "la.png", 8) == 255).all()
+
+
+def png(depth: int, color: int, row: bytes, transparent: tuple[int, ...]) -> bytes:
+    """A PNG of two rows of 8 pixels with a transparent value; Pillow writes none of these depths."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header, values = (
+        struct.pack(">IIBBBBB", 8, 2, depth, color, 0, 0, 0),
+        struct.pack(f">{len(transparent)}H", *transparent),
+    )
+    chunks = {b"IHDR": header, b"tRNS": values, b"IDAT": zlib.compress(2 * (b"\0" + row)), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks.items())
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "transparent", "right"),
+    [
+        (16, struct.pack(">8H", *[1000] * 4, *[25700] * 4), (1000,), [100] * 3),
+        (8, bytes([10] * 4 + [100] * 4), (10,), [100] * 3),
+        (4, bytes([0x33, 0x33, 0xAA, 0xAA]), (3,), [170] * 3),
+        (2, bytes([0b01010101, 0b10101010]), (1,), [170] * 3),
+        (1, bytes([0b11110000]), (1,), [0] * 3),
+        (8, bytes([10, 20, 30] * 4 + [200, 100, 50] * 4), (10, 20, 30), [200, 100, 50]),
+        (
+            16,
+            struct.pack(">24H", *[1000, 2000, 3000] * 4, *[51400, 25700, 12850] * 4),
+            (1000, 2000, 3000),
+            [200, 100, 50],
+        ),
+    ],
+)
+def test_a_transparent_value_of_any_depth_is_white(tmp_path, depth, row, transparent, right):
+    (tmp_path / "left.png").write_bytes(png(depth, 2 if len(transparent) > 1 else 0, row, transparent))
+    pixels = read_image(tmp_path / "left.png", (2, 8))
+    assert (pixels[:, :, :4] == 255).all() and (pixels[:, :, 4:] == np.array(right)[:, None, None]).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -185,9 +240,100 @@ def test_flat_folder_is_one_class(tmp_path):
 
 
 def test_names_that_are_not_utf8(tmp_path):
-    save_tree(tmp_path, {"a/1.png": 8})
+    save_tree(tmp_path, {"a/1.png": 8, "b/2.png": 8})
     os.rename(tmp_path / "a" / "1.png", os.fsencode(tmp_path / "a") + b"/caf\xe9.png")
-    assert read_image(ImageTree(tmp_path).path(0), 8).shape == (3, 8, 8)
+    os.rename(tmp_path / "a", os.fsencode(tmp_path) + b"/th\xe9")
+    tree = ImageTree(tmp_path)
+    assert read_image(tree.path(1), 8).shape == (3, 8, 8)
+    assert tree.class_names == ["b", "th\\xe9"] and os.fsencode(tree.name(1)) == b"th\xe9/caf\xe9.png"
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", out)
+        Parser("")
+        print(tree.name(1))
+    assert out.buffer.getvalue() == b"th\\udce9/caf\\udce9.png\n"
+    with pytest.raises(UserError, match="is not UTF-8, as TensorBoard and safetensors need: set another --workdir"):
+        lock_workdir(Path(os.fsdecode(os.fsencode(tmp_path) + b"/th\xe9")))
+
+
+def names(tree):
+    return [tree.name(i) for i in range(len(tree))]
+
+
+def test_linked_folders_are_followed(tmp_path):
+    """Links to a folder above, and two that lead in a circle, are not."""
+    save_tree(tmp_path / "root", {"a/1.png": 8, "b/deeper/2.png": 8})
+    save_tree(tmp_path / "elsewhere", {"3.png": 8, "deeper/4.png": 8})
+    root = tmp_path / "root"
+    for link, target in {"a/more": "elsewhere", "b/more": "elsewhere", "c": "elsewhere", "a/up": "root"}.items():
+        (root / link).symlink_to(tmp_path / target)
+    (root / "a" / "self").symlink_to(root / "a")
+    (tmp_path / "elsewhere" / "back").symlink_to(root / "b")
+    found = names(ImageTree(root))
+    assert found[:4] == ["a/1.png", "a/more/3.png", "a/more/back/deeper/2.png", "a/more/deeper/4.png"]
+    assert found[4:7] == ["b/deeper/2.png", "b/more/3.png", "b/more/deeper/4.png"]
+    assert found[7:] == ["c/3.png", "c/back/deeper/2.png", "c/deeper/4.png"]
+
+
+@pytest.mark.parametrize("link", ["b", "a/more", "a/x.txt"])
+def test_links_to_nothing_are_errors(tmp_path, link):
+    """Of a class above all: the labels would shift. A picture's is named when it is read."""
+    save_tree(tmp_path, {"a/1.png": 8, "c/2.png": 8})
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
+    assert names(ImageTree(tmp_path)) == ["a/1.png", "a/gone.png", "c/2.png"]
+    (tmp_path / link).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"{tmp_path / link} links to nothing"):
+        ImageTree(tmp_path)
+    (tmp_path / link).unlink()
+    (tmp_path / link).symlink_to(tmp_path / link)
+    with pytest.raises(OSError, match=f"symbolic links: '{tmp_path / link}'"):
+        ImageTree(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["a", "a/deeper"])
+def test_folders_that_cannot_be_read_are_errors(tmp_path, monkeypatch, folder):
+    save_tree(tmp_path, {"a/deeper/1.png": 8, "b/2.png": 8})
+
+    def scandir(path):
+        if str(path) == str(tmp_path / folder):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match=f"denied: '{tmp_path / folder}'"):
+        ImageTree(tmp_path)
+
+
+def test_every_ending_that_pillow_reads_is_a_picture(tmp_path):
+    """But none that it only recognizes, or has Ghostscript read."""
+    (tmp_path / "a").mkdir()
+    image = Image.fromarray(random_pixels(16, 16))
+    for ending in (".jpe", ".jfif", ".avif", ".jp2", ".tga", ".pbm", ".JPG"):
+        image.save(tmp_path / "a" / f"x{ending}")
+    for ending in (".eps", ".h5", ".mpg", ".txt"):
+        (tmp_path / "a" / f"y{ending}").write_bytes(b"no picture")
+    (tmp_path / "labels.csv").write_bytes(b"")
+    tree = ImageTree(tmp_path)
+    assert names(tree) == [f"a/x{e}" for e in sorted((".jpe", ".jfif", ".avif", ".jp2", ".tga", ".pbm", ".JPG"))]
+    assert all(read_image(tree.path(i), 8).shape == (3, 8, 8) for i in range(7))
+    assert tree.left_out == "5 files are no pictures by their ending (labels.csv, a/y.eps, a/y.h5, ...)"
+    (tmp_path / "heic").mkdir()
+    (tmp_path / "heic" / "1.heic").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"are empty \(heic, \.\.\.\); 6 files are no pictures by their ending"):
+        ImageTree(tmp_path)
+
+
+def test_what_systems_put_beside_pictures_is_no_data(tmp_path):
+    save_tree(tmp_path, {"a/1.png": 8, "b/2.png": 8})
+    expected = ImageTree(tmp_path).digest
+    others = ("@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", ".snapshot", "System Volume Information", "#recycle")
+    for name in (*others, "a/@eaDir", "b/__MACOSX"):
+        save_tree(tmp_path, {f"{name}/3.png": 8})
+    for name in ("a/Thumbs.db", "b/._2.png", ".DS_Store", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"")
+    tree = ImageTree(tmp_path)
+    assert tree.digest == expected and tree.class_names == ["a", "b"] and tree.left_out == ""
 
 
 def test_trees_that_cannot_be_used(tmp_path):

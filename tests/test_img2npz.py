@@ -106,3 +106,30 @@ def test_refuses_arguments_that_do_not_fit(tmp_path, monkeypatch, arguments, mes
     with pytest.raises((ValueError, OSError), match=message):
         img2npz(**{"folders": ["images"], **arguments})
     assert no_output(tmp_path / "images")
+
+
+@pytest.mark.parametrize("digits", [6, 2])
+def test_other_programs_names_are_taken(tmp_path, digits):
+    """000000.png on, with what systems put beside; not with a gap, from 1 on, or of several lengths."""
+    folder = tmp_path / "images"
+    images = write_images(folder)
+    for i in range(7):
+        (folder / f"{i}.png").rename(folder / f"{i:0{digits}}.png")
+    for name in (".DS_Store", "Thumbs.db", "._0.png", "desktop.ini"):
+        (folder / name).write_bytes(b"")
+    (folder / "@eaDir").mkdir()
+    out, _ = img2npz([folder])
+    assert np.array_equal(np.load(out)["arr_0"], images)
+    advice = "name images of other programs 0.png, 1.png, ... or all with as many digits, from 000000.png on"
+    (folder / f"{3:0{digits}}.png").rename(folder / f"{7:0{digits}}.png")
+    with pytest.raises(ValueError, match=rf"1 missing \(0*3.png\) and 1 extra \(0*7.png\).*{advice}"):
+        img2npz([folder])
+    (folder / f"{0:0{digits}}.png").rename(folder / f"{3:0{digits}}.png")
+    with pytest.raises(ValueError, match=advice):
+        img2npz([folder])
+    for extra in ("000001.jpg", "000/000000.png"):
+        other = tmp_path / extra / "x"
+        (other / extra).parent.mkdir(parents=True)
+        (other / extra).write_bytes(b"")
+        with pytest.raises(ValueError, match=advice):
+            img2npz([other])

@@ -13,6 +13,7 @@ from test_train import losses
 
 import eval as evaluation
 import train as training
+import utils
 from libs import UserError, launch
 
 
@@ -127,3 +128,29 @@ def test_set_up_in_an_environment_without_pip(tmp_path, uv, said):
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path)}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == (0 if uv else 1) and said in done.stdout + done.stderr
+
+
+# --- Paths ------------------------------------------------------------------------------------------------------------
+
+
+def test_home_is_expanded_in_flags_and_configs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = launch.Parser("")
+    for flag in ("--out", "--images"):
+        parser.add_argument(flag)
+    parser.add_argument("files", nargs="*")
+    monkeypatch.setattr("sys.argv", ["program", "--out=~/a b", "--images", "~/c", "~", "d~/e", "./~/f"])
+    args = parser.parse_args()
+    assert (args.out, args.images) == (f"{tmp_path}/a b", f"{tmp_path}/c")
+    assert args.files == [str(tmp_path), "d~/e", "./~/f"] and parser.parse_args(["~/x"]).files == [f"{tmp_path}/x"]
+    assert launch.expand_home("--config.init.path=~/x") == f"--config.init.path={tmp_path}/x"
+    text = (ROOT / "configs/digits.py").read_text().replace("workdir/quickstart/latents", "~/latents")
+    (tmp_path / "home.py").write_text(text)
+    assert utils.load_config(tmp_path / "home.py").dataset.path == f"{tmp_path}/latents"
+    done = run("scripts/describe_model.py", f"--config={tmp_path / 'home.py'}", env={"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_program_with_flags_of_its_own_expands_home():
+    programs = [ROOT / "img2npz.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+    assert not [path.name for path in programs if "ArgumentParser(" in path.read_text()]
