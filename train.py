@@ -83,7 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> int:
 def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerator, stop: StopRequest) -> int:
     """Train on all processes and return the exit status, see `train`."""
     # What a run is made of; all that a user can get wrong comes before anything is written.
-    settings, device, main = config.train, accelerator.device, accelerator.is_main_process
+    settings, device, is_main = config.train, accelerator.device, accelerator.is_main_process
     check_settings(config, accelerator)
     schedule, weights = sde.get_schedule(config.schedule), loss_weights(config)
     time_law = config.time_sampling, config.time_mean, config.time_std, config.time_shift
@@ -125,7 +125,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
         state.optimizer.zero_grad()
         for rows, (records, labels) in zip(batches.rows, step_data, strict=True):  # a micro-batch each
             own = draws.rows(rows)
-            x0, y = network_inputs(records, labels, own, config.dataset, autoencoder, null_label)
+            x0, y = prepare_batch(records, labels, own, config.dataset, autoencoder, null_label)
             last = rows is batches.rows[-1]
             with contextlib.nullcontext() if last else accelerator.no_sync(nnet):
                 t = sde.training_times(schedule, own.uniform_time, *time_law)
@@ -153,12 +153,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
                     "place of fp16; if the loss had grown before (metrics.jsonl), move the newest checkpoints away"
                 )
         if due(state.step, settings.eval_interval):
-            draw_grid(workdir / "samples" / f"{state.step}.png", sample, ema, config, main)
+            draw_grid(workdir / "samples" / f"{state.step}.png", sample, ema, config, is_main)
             log.timer.reset()
         save_due = save_due or due(state.step, settings.save_interval)
         if ending or (save_due and not state.skipping()):
             kept = settings.keep_last, settings.keep_interval
-            state.save(workdir / "ckpts", identity, main, *kept, healthy=not log.exploded)
+            state.save(workdir / "ckpts", identity, is_main, *kept, healthy=not log.exploded)
             save_due = False
             log.timer.reset()
         if scoring and due(state.step, settings.fid_interval):
@@ -170,11 +170,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, accelerator: Accelerat
     log.progress.close()
     if state.step < settings.n_steps:
         stop.raise_noted(accelerator)
-    return end_run(workdir, state, state.step < settings.n_steps, main, lock)
+    return end_run(workdir, state, state.step < settings.n_steps, is_main, lock)
 
 
 def due(step: int, interval: int) -> bool:
-    """Is `step` a multiple of `interval`? Never for interval 0."""
+    """Tell whether `step` is a multiple of `interval`; never for interval 0."""
     return bool(interval) and step % interval == 0
 
 
@@ -302,7 +302,7 @@ def describe_run(
 # --- In the loop ------------------------------------------------------------------------------------------------------
 
 
-def network_inputs(
+def prepare_batch(
     records: Tensor,
     labels: Tensor,
     draws: StepDraws,
@@ -310,7 +310,7 @@ def network_inputs(
     autoencoder: Autoencoder | None,
     null_label: int,
 ) -> tuple[Tensor, Tensor]:
-    """Turn a micro-batch into what the network denoises, and the labels it is conditioned on.
+    """Turn a micro-batch of the data into clean images or latents, and drop labels for classifier-free guidance.
 
     Args:
         records: moments of latents (B, 2 C, H, W), of which fresh latents are drawn, or pixels, uint8 (B, 3, H, W).
@@ -326,14 +326,14 @@ def network_inputs(
     return x0, torch.where(draws.uniform_drop < p_uncond, null_label, labels)
 
 
-def draw_grid(path: Path, sample: Sampler, ema: nn.Module, config: ml_collections.ConfigDict, main: bool) -> None:
+def draw_grid(path: Path, sample: Sampler, ema: nn.Module, config: ml_collections.ConfigDict, is_main: bool) -> None:
     """Write a grid of samples, a class to a row, and the strip of all grids so far; on a full disk they are lost."""
     rows, columns = config.train.grid
     labels = [label for label in range(min(rows, max(config.dataset.n_classes, 1))) for _ in range(columns)]
     with sharding.whole(ema):
-        images = sample(range(len(labels)), labels)[0] if main else None
+        images = sample(range(len(labels)), labels)[0] if is_main else None
     try:
-        if main:
+        if is_main:
             save_grid(images, path, columns=columns)
             save_strip(path, columns)
     except OSError as error:
@@ -348,9 +348,9 @@ def fid_of_samples(
     Returns:
         None but on the main process, and where it failed, which is logged.
     """
-    config, main = ml_collections.ConfigDict(model.config), accelerator.is_main_process
+    config, is_main = ml_collections.ConfigDict(model.config), accelerator.is_main_process
     config.sample.n_samples, config.sample.sample_steps = config.train.fid_samples, config.sample.grid_steps
-    if main:
+    if is_main:
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     accelerator.wait_for_everyone()
     scores = None
@@ -360,7 +360,7 @@ def fid_of_samples(
     except (ValueError, OSError) as error:  # on all processes, or on the main one after all that they do together
         logging.error("no FID at this step, training goes on: %s", error)
     accelerator.wait_for_everyone()
-    if main:
+    if is_main:
         shutil.rmtree(folder, ignore_errors=True)
     return scores.values["fid"] if scores else None
 
@@ -368,10 +368,10 @@ def fid_of_samples(
 # --- The end ----------------------------------------------------------------------------------------------------------
 
 
-def end_run(workdir: Path, state: TrainState, stopped: bool, main: bool, lock: IO | None) -> int:
+def end_run(workdir: Path, state: TrainState, stopped: bool, is_main: bool, lock: IO | None) -> int:
     """Unlock the work folder, ask for a requeue if the run was stopped, and return the exit status."""
     status = REQUEUE_STATUS if stopped else 0
-    if main:
+    if is_main:
         if stopped:
             with launch.after_work("no file asks for a requeue"):
                 (workdir / REQUEUE_FILE).write_text(f"{state.step}\n")

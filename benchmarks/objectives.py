@@ -7,7 +7,6 @@ without guidance by the programs themselves, in workdir/objectives, and scored b
 already is not done again. Appends to benchmarks/results/objectives.md as rows come. Minutes a row and seed.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from benchmarks.machine import describe_run
+from libs.launch import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT, RESULTS = ROOT / "workdir" / "objectives", ROOT / "benchmarks" / "results" / "objectives.md"
@@ -63,7 +63,7 @@ def scores(row: str, seed: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 1, 2])
     parser.add_argument("--rows", nargs="+", default=ROWS)
     args = parser.parse_args()

@@ -51,7 +51,7 @@ def bare_turn(config):
     for step, indices in enumerate(islice(batches, config.train.n_steps)):
         records, labels = map(torch.from_numpy, dataset.read(indices))
         draws = step_draws(config.seed, step, config.train.batch_size, tuple(config.z_shape), "cpu")
-        x0, y = training.network_inputs(records, labels, draws, config.dataset, autoencoder, nnet.null_label)
+        x0, y = training.prepare_batch(records, labels, draws, config.dataset, autoencoder, nnet.null_label)
         t = schedule.times(draws.uniform_time)
         inputs.append((schedule.add_noise(x0, draws.eps, t), schedule.network_time(t), y, draws.eps))
     times = [time.perf_counter()]

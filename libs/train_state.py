@@ -110,7 +110,9 @@ class TrainState:
         result[OPTIMIZER_FILE] = {f"{key}/{name}": t for name, state in moments.items() for key, t in state.items()}
         return result
 
-    def save(self, root: Path, run: dict, main: bool, keep_last: int, keep_interval: int, healthy: bool = True) -> None:
+    def save(
+        self, root: Path, run: dict, is_main: bool, keep_last: int, keep_interval: int, healthy: bool = True
+    ) -> None:
         """Write <root>/<step>.ckpt on the main process, and prune older ones. All processes have to call it.
 
         Nothing is pruned while updates are skipped or the run is not `healthy`: the good checkpoints are older ones.
@@ -122,7 +124,7 @@ class TrainState:
             keep_last, keep_interval: see `prune_checkpoints`.
         """
         tensors, folder = self.tensors(), root / f"{self.step}.ckpt"
-        if not main:
+        if not is_main:
             return
         scaler = self.scaler.state_dict() if self.scaler is not None else None
         try:

@@ -144,7 +144,7 @@ def test_home_is_expanded_in_flags_and_configs(tmp_path, monkeypatch):
     assert (args.out, args.images) == (f"{tmp_path}/a b", f"{tmp_path}/c")
     assert args.files == [str(tmp_path), "d~/e", "./~/f"] and parser.parse_args(["~/x"]).files == [f"{tmp_path}/x"]
     assert launch.expand_home("--config.init.path=~/x") == f"--config.init.path={tmp_path}/x"
-    text = (ROOT / "configs/digits.py").read_text().replace("workdir/quickstart/latents", "~/latents")
+    text = (ROOT / "configs/digits_released.py").read_text().replace("workdir/quickstart/latents", "~/latents")
     (tmp_path / "home.py").write_text(text)
     assert utils.load_config(tmp_path / "home.py").dataset.path == f"{tmp_path}/latents"
     done = run("scripts/describe_model.py", f"--config={tmp_path / 'home.py'}", env={"HOME": str(tmp_path)})

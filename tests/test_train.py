@@ -144,7 +144,7 @@ def test_draws_of_a_step():
 def test_labels_are_dropped_at_the_published_rate(tiny_config):
     draws = step_draws(0, 0, 5000, (1, 2, 2), "cpu")
     records, labels = torch.zeros(5000, 1, 2, 2, dtype=torch.uint8), torch.zeros(5000, dtype=torch.long)
-    x0, seen = training.network_inputs(records, labels, draws, tiny_config.dataset, None, null_label=7)
+    x0, seen = training.prepare_batch(records, labels, draws, tiny_config.dataset, None, null_label=7)
     assert (seen == 7).float().mean().item() == pytest.approx(0.1, abs=0.02) and (x0 == -1).all()
 
 
