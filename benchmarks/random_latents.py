@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.autoencoder import SD_CONFIG, load_autoencoder
+from libs.autoencoder import load_autoencoder
+from libs.autoencoder_files import SD_CONFIG
 from libs.latents import LatentStore, StoreWriter
 
 

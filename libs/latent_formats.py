@@ -2,8 +2,8 @@
 
 A reader has `len()`, the number of images; `labels(first, last)`; `read(first, last)`, which gives float32
 (n, channels, h, w) of images first..last - 1; `flips`, with which `read` gives 2n views, each image followed by its
-mirror image; and `scaled`, whether sampled latents are times the scaling factor. Files are checked, errors name them,
-and no code in them is run.
+mirror image; `moments`, whether it gives these or sampled latents; and `scaled`, whether those are normalized. Files
+are checked, errors name them, and no code in them is run.
 """
 
 import io
@@ -28,7 +28,7 @@ class UViTFolder:
     Their scripts encode a batch and then its mirror images: the views of an image are apart, and images of their own.
     """
 
-    flips, scaled = False, False
+    flips, moments, scaled = False, True, False
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -51,7 +51,7 @@ class FastDiTFolder:
     They hold one latent per image, sampled once and times the scaling factor.
     """
 
-    flips, scaled = False, True
+    flips, moments, scaled = False, False, True
 
     def __init__(self, folder: str | Path):
         found = [sorted(Path(folder).glob(f"*_{kind}/")) for kind in ("features", "labels")]
@@ -78,7 +78,7 @@ class LightningDiTFolder:
     They hold one latent per view, sampled once, not scaled.
     """
 
-    flips, scaled = True, False
+    flips, moments, scaled = True, False, False
 
     def __init__(self, folder: str | Path):
         self.files, self.starts, first = sorted(Path(folder).glob("*.safetensors")), [0], None
