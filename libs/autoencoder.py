@@ -8,11 +8,14 @@ log-variance per latent cell. The diffusion model is trained on normalized sampl
 
 import functools
 import hashlib
+import importlib.util
 import re
 from pathlib import Path
 
 import diffusers
 import torch
+import torch.nn.functional as F
+from absl import logging
 from diffusers import ModelMixin
 from torch import Tensor
 
@@ -29,7 +32,16 @@ from libs.normalization import (
 
 CONFIG = "config.json"
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
-CLASSES = ("AutoencoderKL",)
+FRAMES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")  # of videos, given one frame
+CLASSES = (
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderDC",
+    "AutoencoderTiny",
+    "AutoencoderRAE",
+    "AutoencoderKLHunyuanImage",
+    *FRAMES,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXPECTED = (
@@ -70,6 +82,8 @@ class Autoencoder:
         normalization: from its latents to those that the network sees.
         downsample: pixels per latent cell along a side (8 for Stable Diffusion).
         latent_channels: C (4 for Stable Diffusion).
+        patch: side of the latent patches that are one cell (FLUX.2: 2), their channels in the order of pixel_unshuffle.
+        side: of the only pictures it takes, in pixels (RAE); None: it takes multiples of `downsample`.
         identity: see `measure_identity`; None: it was not measured.
     """
 
@@ -84,8 +98,12 @@ class Autoencoder:
         if pixels != {3}:
             raise UserError(f"its pixels have {sorted(pixels)} channels: expected 3")
         self.normalization = read_normalization(vae)
-        self.latent_channels = int(settings.latent_channels)
-        self.downsample = 2 ** (len(settings.block_out_channels) - 1)
+        self.is_rae, self.takes_frames = name == "AutoencoderRAE", name in FRAMES
+        self.side = vae.decoder_image_size if self.is_rae else None
+        self.patch = settings.patch_size[0] if name == "AutoencoderKLFlux2" else 1
+        sizes = [settings.get(key) for key in ("latent_channels", "z_dim", "encoder_hidden_size")]
+        self.latent_channels = int(next(filter(None, sizes))) * self.patch**2
+        self.downsample = pixels_per_cell(vae) * self.patch
         if not {len(self.normalization.shift), len(self.normalization.scale)} <= {1, self.latent_channels}:
             raise UserError(
                 f"it normalizes {len(self.normalization.shift)} channels, its latents have {self.latent_channels}"
@@ -100,6 +118,8 @@ class Autoencoder:
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError unless pictures of this size, in pixels, can be encoded."""
+        if self.side and (height, width) != (self.side, self.side):
+            raise UserError(f"--resolution {height}x{width} is not the autoencoder's only one, {self.side}x{self.side}")
         if height % self.downsample or width % self.downsample:
             raise UserError(
                 f"--resolution {height}x{width} is not a multiple of {self.downsample}, as the autoencoder needs"
@@ -137,15 +157,32 @@ class Autoencoder:
         return self.normalization.sample(moments, noise)
 
     def _encode(self, images):
-        return self.vae.encode(images).latent_dist.parameters
+        images = (images + 1) / 2 if self.is_rae else images
+        latents = self.vae.encode(images[:, :, None] if self.takes_frames else images)[0]  # whatever it is named
+        if isinstance(latents, Tensor):  # without a posterior
+            moments = torch.cat([latents, torch.full_like(latents, LOGVAR_RANGE[0])], dim=1)
+        else:
+            moments = latents.parameters
+        return F.pixel_unshuffle(moments[:, :, 0] if self.takes_frames else moments, self.patch)
 
     def _decode(self, latents):
-        return self.vae.decode(latents).sample
+        latents = F.pixel_shuffle(latents, self.patch)
+        images = self.vae.decode(latents[:, :, None] if self.takes_frames else latents).sample
+        return images * 2 - 1 if self.is_rae else images[:, :, 0] if self.takes_frames else images
 
     def _in_batches(self, function, x, batch_size):
         weights = next(self.vae.parameters())
         parts = x.split(batch_size or max(len(x), 1))
         return torch.cat([function(part.to(weights.device, weights.dtype)).float().to(x.device) for part in parts])
+
+
+def pixels_per_cell(vae: ModelMixin) -> int:
+    """Return how many pixels a cell of raw latents has along a side."""
+    if type(vae).__name__ == "AutoencoderRAE":
+        return vae.decoder_patch_size
+    levels = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
+    ratio = vae.config.get("spatial_compression_ratio") or getattr(vae, "spatial_compression_ratio", None)
+    return int(ratio or 2 ** (len(levels) - 1))
 
 
 def hash_weights(state_dict: dict[str, Tensor]) -> str:
@@ -165,7 +202,7 @@ def measure_identity(autoencoder: Autoencoder) -> dict:
         {"encoder": {"mean", "std"} of each channel of the moments of a fixed picture of 4x4 cells, "decoder": of the
         picture that their means decode to, "shift" and "scale" of its normalization}; see `differing_parts`.
     """
-    side, n_threads = 4 * autoencoder.downsample, torch.get_num_threads()
+    side, n_threads = autoencoder.side or 4 * autoencoder.downsample, torch.get_num_threads()
     steps = torch.arange(3 * side * side, dtype=torch.float64)
     picture = (steps**1.3).sin().reshape(1, 3, side, side).float()  # of all frequencies
     torch.set_num_threads(1)  # their number changes the last bits
@@ -213,12 +250,19 @@ def load_autoencoder(
     entries = read_latent_stats(latent_stats, recorded) if latent_stats else {}
     try:
         vae = read_folder(path) if path.is_dir() else read_single_file(path)
+        if entries and type(vae).__name__ == "AutoencoderRAE":
+            raise UserError("it normalizes by itself: leave --latent_stats (config.autoencoder.latent_stats) away")
         vae.register_to_config(**entries)
         autoencoder = Autoencoder(vae)
         autoencoder.identity = measure_identity(autoencoder)
     except Exception as error:  # of many types, for files that are not what they should be
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} is not a whole autoencoder ({reason}): {EXPECTED}") from error
+    if dtype == torch.float16 and vae.config.get("force_upcast"):
+        logging.warning("%s overflows in float16 (force_upcast): computing in float32", path)
+        dtype = torch.float32
+    if dtype != torch.float32:
+        vae.to(memory_format=torch.channels_last)
     return autoencoder.to(device, dtype)
 
 
@@ -252,6 +296,8 @@ def read_folder(folder: Path) -> ModelMixin:
     name = read_json(folder / CONFIG).get("_class_name", "AutoencoderKL")
     if name not in CLASSES:
         raise UserError(f"it is of class {name}: expected {', '.join(CLASSES)}")
+    if name == "AutoencoderRAE" and importlib.util.find_spec("transformers") is None:
+        raise UserError(f"{name} needs transformers: python -m pip install transformers")
     vae, info = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, output_loading_info=True)
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):  # diffusers fills in random values
         raise UserError(f"{len(wrong)} tensors are missing or unknown, such as {wrong[0]}")

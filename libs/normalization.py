@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from absl import logging
-from diffusers import AutoencoderKLFlux2, AutoencoderRAE, ModelMixin
+from diffusers import ModelMixin
 from torch import Tensor
 
 from libs import UserError
@@ -79,11 +79,11 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> float | Tens
 
 def read_normalization(vae: ModelMixin) -> Normalization:
     """Read the normalization of one of diffusers' autoencoders from its config or weights."""
-    if isinstance(vae, AutoencoderRAE):  # which normalizes in `encode`, per element
+    if type(vae).__name__ == "AutoencoderRAE":  # which normalizes in `encode`, per element
         return Normalization()
     config = vae.config
     shift, std = config.get("latents_mean"), config.get("latents_std")
-    if isinstance(vae, AutoencoderKLFlux2) and shift is None:  # statistics of the latents in patches
+    if type(vae).__name__ == "AutoencoderKLFlux2" and shift is None:  # statistics of the latents in patches
         shift = vae.bn.running_mean.double().tolist()
         std = (vae.bn.running_var.double() + config.batch_norm_eps).sqrt().tolist()
     shift = config.get("shift_factor") if shift is None else shift
@@ -114,7 +114,7 @@ def read_latent_stats(stats: str | Path, recorded: Identity | None = None) -> di
     """
     none = {"shift_factor": None, "latents_mean": None, "latents_std": None}
     try:
-        return {**none, "scaling_factor": float(stats)}
+        return {**none, "scaling_factor": float(str(stats))}
     except ValueError:
         stats = Path(stats).expanduser()
     if not stats.is_file():

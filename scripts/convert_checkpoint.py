@@ -52,7 +52,7 @@ def build_pipeline(nnet: DiMR, state: dict[str, Tensor], config: ConfigDict, fil
     utils.check_sampling(config)
     if sample.autoguidance_path:
         raise UserError("a pipeline has no guiding network: set config.sample.autoguidance_path to none")
-    autoencoder = open_autoencoder(config, "cpu")
+    autoencoder = open_autoencoder(config, "cpu", trained_autoencoder(file))
     nnet.load_state_dict(state, assign=True)
     return DiMRPipeline(
         DiMRNetwork.of(nnet, config.nnet.norm_type),
