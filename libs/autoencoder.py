@@ -94,11 +94,11 @@ class Autoencoder:
         name, settings = type(vae).__name__, vae.config
         if name not in CLASSES:
             raise UserError(f"it is of class {name}: expected {', '.join(CLASSES)}")
+        self.is_rae, self.takes_frames = name == "AutoencoderRAE", name in FRAMES
         pixels = {settings.get(key) or 3 for key in ("in_channels", "out_channels")}
-        if pixels != {3}:
+        if pixels != {3} and not self.takes_frames:  # which count patches of pixels
             raise UserError(f"its pixels have {sorted(pixels)} channels: expected 3")
         self.normalization = read_normalization(vae)
-        self.is_rae, self.takes_frames = name == "AutoencoderRAE", name in FRAMES
         self.side = vae.decoder_image_size if self.is_rae else None
         self.patch = settings.patch_size[0] if name == "AutoencoderKLFlux2" else 1
         sizes = [settings.get(key) for key in ("latent_channels", "z_dim", "encoder_hidden_size")]

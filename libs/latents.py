@@ -126,7 +126,7 @@ class LatentStore:
 
     def read_spread(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Read at most n records, evenly spread over the store, and their labels."""
-        return self.read(spread(len(self), n))
+        return self.read(np.unique(np.linspace(0, len(self) - 1, n).round().astype(int)))
 
     def _open_shard(self, number):
         """Return (open file, offset of its first record)."""
@@ -298,11 +298,6 @@ class StoreWriter:
                 f"{self.path} holds latents made with other settings ({'; '.join(differences)}). Use those, or another "
                 "--out"
             )
-
-
-def spread(n_records: int, n: int) -> np.ndarray:
-    """Return at most n indices, evenly spread over 0..n_records - 1."""
-    return np.unique(np.linspace(0, n_records - 1, n).round().astype(int))
 
 
 def read_index(path: str | Path) -> dict:

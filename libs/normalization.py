@@ -207,10 +207,8 @@ def _alike(found, expected):
 
 def _same_normalization(found, expected):
     """Compare (shift, scale), which are data, not measured: up to rounding."""
-    if [len(values) for values in found] != [len(values) for values in expected]:
-        return False
-    (shifts, scales), (others, other_scales) = found, expected
-    typical = 1 / max(scales)
+    close = functools.partial(math.isclose, rel_tol=1e-5, abs_tol=1e-7)
     return all(
-        math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-5 * typical) for a, b in zip(shifts, others, strict=True)
-    ) and all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(scales, other_scales, strict=True))
+        len(values) == len(others) and all(map(close, values, others))
+        for values, others in zip(found, expected, strict=True)
+    )

@@ -45,7 +45,8 @@ MUST_MATCH = re.compile(
 )
 # Settings that may differ between the processes of a run: where files lie, and who writes
 MAY_DIFFER = re.compile(
-    r"code|autoencoder\..*|config\.(dataset\.(path|num_workers)|autoencoder\.(pretrained_path|latent_stats)|init\.path|fid_stat|sample\.autoguidance_\w+)"
+    r"code|autoencoder\..*|config\.(dataset\.(path|num_workers)|autoencoder\.(pretrained_path|latent_stats)"
+    r"|init\.path|fid_stat|sample\.autoguidance_\w+)"
 )
 
 

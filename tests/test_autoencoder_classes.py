@@ -77,6 +77,19 @@ KINDS = {
         8,
     ),
     "wan": ("AutoencoderKLWan", VIDEO, 8, 4),
+    "wan22": (
+        "AutoencoderKLWan",
+        {
+            **VIDEO,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "is_residual": True,
+            "scale_factor_spatial": 16,
+        },
+        16,
+        4,
+    ),
     "qwen": ("AutoencoderKLQwenImage", VIDEO, 8, 4),
     "rae": ("AutoencoderRAE", RAE, 4, 64),
 }
