@@ -74,7 +74,7 @@ def base():
 
     config.autoencoder = d(
         pretrained_path="assets/stable-diffusion/autoencoder_kl_ema.pth",  # file, folder or hub id; "": none (pixels)
-        latent_stats="",  # z = (r - shift) * scale: a scaling factor or a file of statistics; "": the autoencoder's own
+        latent_stats="",  # normalization: a scaling factor, edm2 or a file of statistics; "": the autoencoder's own
         decode_dtype="float32",  # precision of decoding: float32, bfloat16 or float16
     )
 

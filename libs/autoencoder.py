@@ -82,6 +82,7 @@ class Autoencoder:
         normalization: from its latents to those that the network sees.
         downsample: pixels per latent cell along a side (8 for Stable Diffusion).
         latent_channels: C (4 for Stable Diffusion).
+        unit_pixels: its pixels are in [0, 1] (RAE, EDM2's use), in place of [-1, 1].
         patch: side of the latent patches that are one cell (FLUX.2: 2), their channels in the order of pixel_unshuffle.
         side: of the only pictures it takes, in pixels (RAE); None: it takes multiples of `downsample`.
         identity: see `measure_identity`; None: it was not measured.
@@ -94,12 +95,13 @@ class Autoencoder:
         name, settings = type(vae).__name__, vae.config
         if name not in CLASSES:
             raise UserError(f"it is of class {name}: expected {', '.join(CLASSES)}")
-        self.is_rae, self.takes_frames = name == "AutoencoderRAE", name in FRAMES
+        is_rae, self.takes_frames = name == "AutoencoderRAE", name in FRAMES
+        self.unit_pixels = is_rae or settings.get("unit_pixels", False)
         pixels = {settings.get(key) or 3 for key in ("in_channels", "out_channels")}
         if pixels != {3} and not self.takes_frames:  # which count patches of pixels
             raise UserError(f"its pixels have {sorted(pixels)} channels: expected 3")
         self.normalization = read_normalization(vae)
-        self.side = vae.decoder_image_size if self.is_rae else None
+        self.side = vae.decoder_image_size if is_rae else None
         self.patch = settings.patch_size[0] if name == "AutoencoderKLFlux2" else 1
         sizes = [settings.get(key) for key in ("latent_channels", "z_dim", "encoder_hidden_size")]
         self.latent_channels = int(next(filter(None, sizes))) * self.patch**2
@@ -157,7 +159,7 @@ class Autoencoder:
         return self.normalization.sample(moments, noise)
 
     def _encode(self, images):
-        images = (images + 1) / 2 if self.is_rae else images
+        images = (images + 1) / 2 if self.unit_pixels else images
         latents = self.vae.encode(images[:, :, None] if self.takes_frames else images)[0]  # whatever it is named
         if isinstance(latents, Tensor):  # without a posterior
             moments = torch.cat([latents, torch.full_like(latents, LOGVAR_RANGE[0])], dim=1)
@@ -168,7 +170,8 @@ class Autoencoder:
     def _decode(self, latents):
         latents = F.pixel_shuffle(latents, self.patch)
         images = self.vae.decode(latents[:, :, None] if self.takes_frames else latents).sample
-        return images * 2 - 1 if self.is_rae else images[:, :, 0] if self.takes_frames else images
+        images = images[:, :, 0] if self.takes_frames else images
+        return images * 2 - 1 if self.unit_pixels else images
 
     def _in_batches(self, function, x, batch_size):
         weights = next(self.vae.parameters())

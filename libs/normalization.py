@@ -21,6 +21,14 @@ from libs.checkpoint import read_state_dict
 # Range of the log-variance before it is exponentiated, as in the CompVis and diffusers code.
 LOGVAR_RANGE = (-30.0, 20.0)
 
+# EDM2's statistics of sd-vae-ft-mse, which it feeds pixels in [0, 1]: other latents than anyone else's
+EDM2 = {
+    "latents_mean": [5.81, 3.25, 0.12, -2.15],
+    "latents_std": [4.17, 4.62, 3.71, 3.28],
+    "scaling_factor": 1.0,
+    "unit_pixels": True,
+}
+
 TOLERANCE = 1e-2  # of measured numbers, relative to a channel's root mean square: weights in 16 bits stay within
 USUAL = (0.5, 2.0)  # deviations of latents that are normalized as they should be
 
@@ -101,7 +109,7 @@ def as_floats(value: float | list | None, default: float) -> tuple[float, ...]:
 
 
 def read_latent_stats(stats: str | Path, recorded: Identity | None = None) -> dict:
-    """Read another normalization: a scaling factor, or a file with tensors `mean` and `std` of each channel.
+    """Read another normalization: a scaling factor, edm2, or a file with tensors `mean` and `std` of each channel.
 
     In place of these REPA-E's `latents_bias` and `latents_scale` are taken, z = (r - bias) * scale; REPA's file of
     the same names has the bias 0, where its other convention, z = r * scale + bias, is the same.
@@ -113,6 +121,8 @@ def read_latent_stats(stats: str | Path, recorded: Identity | None = None) -> di
         The entries of diffusers' configs that state it.
     """
     none = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+    if stats == "edm2":
+        return {**none, **EDM2}
     try:
         return {**none, "scaling_factor": float(str(stats))}
     except ValueError:

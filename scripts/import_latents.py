@@ -4,9 +4,10 @@
         --out assets/datasets/imagenet256_features --autoencoder assets/stable-diffusion/autoencoder_kl_ema.pth
 
 Formats: `uvit` ({index}.npy of U-ViT and DiMR: pickled moments and label), `fast-dit` (a folder with *_features/ and
-*_labels/) and `lightningdit` (.safetensors with latents, latents_flip and labels). The autoencoder is the one the
-features were made with; its content is recorded, and training checks it. The last two formats keep one sampled latent
-instead of moments: it is stored as a mean with the least log-variance, so training sees that latent every time.
+*_labels/), `lightningdit` (.safetensors with latents, latents_flip and labels), `repa` and `edm2` (a folder or .zip of
+img-mean-std-*.npy with dataset.json) and `repa-e` (the same in a .h5, needs h5py). The autoencoder is the one the
+features were made with; its content is recorded, and training checks it. fast-DiT and LightningDiT keep one sampled
+latent instead of moments: it is stored as a mean with the least log-variance, so training sees that latent every time.
 Re-run the command to resume.
 """
 
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from libs import UserError
 from libs.autoencoder import Autoencoder, load_autoencoder
+from libs.latent_archives import ARCHIVES
 from libs.latent_formats import FORMATS
 from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import errors_in_one_line
@@ -48,8 +50,9 @@ def as_moments(values: np.ndarray, autoencoder: Autoencoder, moments: bool, scal
 
 def import_latents(args: argparse.Namespace) -> None:
     """Make or complete the store `args.out`."""
-    source = FORMATS[args.format](args.source)
-    autoencoder = load_autoencoder(args.autoencoder, latent_stats=args.latent_stats)
+    source = (FORMATS | ARCHIVES)[args.format](args.source)
+    latent_stats = args.latent_stats or ("edm2" if args.format == "edm2" else "")
+    autoencoder = load_autoencoder(args.autoencoder, latent_stats=latent_stats)
     scaled = source.scaled if args.scaled is None else args.scaled
     if scaled and source.moments:
         raise UserError(f"--scaled is of latents, and {args.format} holds moments")
@@ -100,8 +103,8 @@ def import_latents(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--source", required=True, help="folder of the features")
+    parser.add_argument("--format", required=True, choices=FORMATS | ARCHIVES)
+    parser.add_argument("--source", required=True, help="folder of the features; of some formats a .zip or .h5 file")
     parser.add_argument("--out", required=True, help="folder of the latent store")
     parser.add_argument("--autoencoder", required=True, help="the autoencoder the features were made with")
     parser.add_argument("--latent_stats", default="", help="scaling factor or statistics file in place of its own")
