@@ -255,7 +255,7 @@ class Model:
         model.guide = open_guide(model.config, model.device, precision, compile)
         trained = (saved_settings(model.weights) or {}).get("autoencoder")
         model.autoencoder = open_autoencoder(model.config, model.device, trained)
-        if trained:
+        if trained and "encoder" in trained:  # earlier checkpoints have a hash
             check_same_autoencoder(model.autoencoder and model.autoencoder.identity, trained, model.weights)
         model.class_names = class_names(model.config, model.weights)
         return model

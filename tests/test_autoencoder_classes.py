@@ -273,7 +273,7 @@ def test_decoding_in_16_bits_is_a_setting(tiny_config, tiny_autoencoder, trained
     with pytest.raises(UserError, match=r"config\.autoencoder\.decode_dtype must be one of float32, bfloat16, float16"):
         utils.check_sampling(config)
     for upcast, dtype in ((True, torch.float32), (False, torch.float16)):
-        AutoencoderKL(**TINY, force_upcast=upcast).save_pretrained(tmp_path)
+        AutoencoderKL(**{**TINY, "force_upcast": upcast}).save_pretrained(tmp_path)
         assert next(load_autoencoder(tmp_path, torch.float16).vae.parameters()).dtype == dtype
     assert sum("overflows in float16 (force_upcast): computing in float32" in line for line in caplog.messages) == 1
 
