@@ -41,7 +41,7 @@ def write_store(folder, n_records, moments, autoencoder):
             first, last = writer.image_range(shard)
             writer.write_shard(shard, moments[: last - first])
         writer.finish(np.arange(n_records) % 1000)
-    return LatentStore.open(folder)
+    return LatentStore(folder)
 
 
 def main():

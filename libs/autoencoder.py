@@ -33,15 +33,8 @@ from libs.normalization import (
 CONFIG = "config.json"
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 FRAMES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")  # of videos, given one frame
-CLASSES = (
-    "AutoencoderKL",
-    "AutoencoderKLFlux2",
-    "AutoencoderDC",
-    "AutoencoderTiny",
-    "AutoencoderRAE",
-    "AutoencoderKLHunyuanImage",
-    *FRAMES,
-)
+OTHERS = ("KL", "KLFlux2", "DC", "Tiny", "RAE", "KLHunyuanImage")
+CLASSES = (*(f"Autoencoder{kind}" for kind in OTHERS), *FRAMES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXPECTED = (

@@ -128,12 +128,5 @@ def add_factor(config: dict, sdxl: bool, file: Path) -> None:
     channels, factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
     config["scaling_factor"] = SDXL_FACTOR if sdxl else FACTORS.get((channels, factor), 1.0)
     known = "SDXL's" if sdxl else "that of its shape" if (channels, factor) in FACTORS else "its own is not known"
-    logging.info(
-        "%s: %d channels, %d pixels a cell, scaling factor %g (%s); --latent_stats (config.autoencoder.latent_stats) "
-        "gives another: SDXL's is 0.13025",
-        file,
-        channels,
-        factor,
-        config["scaling_factor"],
-        known,
-    )
+    line = f"{file}: {channels} channels, {factor} pixels a cell, scaling factor {config['scaling_factor']:g} ({known})"
+    logging.info("%s; --latent_stats (config.autoencoder.latent_stats) gives another: SDXL's is %g", line, SDXL_FACTOR)

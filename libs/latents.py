@@ -27,6 +27,7 @@ from libs.normalization import Normalization, differing_parts
 FORMAT = "dimr-latents"
 VERSION = 2
 DTYPES = ("float16", "float32")
+MOST_VALUES = 1 << 25  # of records that are read at once to look at
 MAX_OPEN_FILES = 256  # below the usual limit of 1024 per process, whatever the number of shards
 
 
@@ -125,7 +126,8 @@ class LatentStore:
         return Normalization(tuple(self.autoencoder["shift"]), tuple(self.autoencoder["scale"]))
 
     def read_spread(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read at most n records, evenly spread over the store, and their labels."""
+        """Read at most n records, fewer if they are large, evenly spread over the store, and their labels."""
+        n = max(1, min(n, MOST_VALUES // math.prod(self.record_shape)))
         return self.read(np.unique(np.linspace(0, len(self) - 1, n).round().astype(int)))
 
     def _open_shard(self, number):
