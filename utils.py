@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import ml_collections
+import torch
 from absl import logging
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -16,7 +17,7 @@ from accelerate.utils import gather_object
 import sde
 from configs import common
 from libs import UserError
-from libs.autoencoder import Autoencoder
+from libs.autoencoder import DTYPES, Autoencoder
 from libs.compilation import COMPILE
 from libs.files import file_digest
 from libs.images import ImageDataset
@@ -36,9 +37,11 @@ from libs.metrics import (
     open_reference,
     score,
 )
+from libs.normalization import check_same_autoencoder, describe_latents
 from libs.solvers import SOLVERS, check_guidance, check_steps
 
 ROOT = Path(__file__).resolve().parent
+N_MEASURED = 256  # records of which mean and deviation are logged
 
 
 def load_config(path: str | Path) -> ml_collections.ConfigDict:
@@ -90,8 +93,8 @@ def sampling_mistakes(config: ml_collections.ConfigDict) -> Iterator[str]:
     """Describe the sampling settings that cannot work."""
     sample = config.sample
     yield from out_of_range(config, SAMPLING_RANGES)
-    words = {"schedule": sde.SCHEDULES, "prediction": sde.PREDICTIONS}
-    yield from not_allowed(config, words | {"sample.algorithm": SOLVERS, "sample.compile": COMPILE})
+    words = {"schedule": sde.SCHEDULES, "prediction": sde.PREDICTIONS, "sample.algorithm": SOLVERS}
+    yield from not_allowed(config, words | {"sample.compile": COMPILE, "autoencoder.decode_dtype": DTYPES})
     for name in ("sample_steps", "grid_steps"):
         check_steps(sample.algorithm, sample[name], f"config.sample.{name}")
     check_guidance(sample.scale, sample.scale_pow, sample.interval)
@@ -146,8 +149,17 @@ def open_dataset(config: ml_collections.ConfigDict, autoencoder: Autoencoder | N
         dataset.check_against(
             record_shape=(2 * channels, height, width),
             n_classes=n_classes or None,  # a model without classes takes data of any
-            autoencoder=autoencoder.identity,
         )
+        recorded = dataset.autoencoder
+        if config.autoencoder.latent_stats:  # stands in for the recorded normalization, which the moments do not have
+            recorded = {**recorded, **{name: autoencoder.identity[name] for name in ("shift", "scale")}}
+        check_same_autoencoder(autoencoder.identity, recorded, path)
+        line, warning = describe_latents(
+            torch.from_numpy(dataset.read_spread(N_MEASURED)[0]), autoencoder.normalization
+        )
+        logging.info("%s: %s", path, line)
+        if warning:
+            logging.warning("%s: %s", path, warning)
         return dataset
     if (Path(path) / "index.json").exists():
         raise UserError(f"{path} holds latents: set config.autoencoder.pretrained_path, or a folder of images")

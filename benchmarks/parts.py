@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import utils
 from benchmarks.machine import describe_run
 from benchmarks.speed import matmul_ceiling, wait
-from libs.autoencoder import SD_CONFIG
+from libs.autoencoder_files import SD_CONFIG
 from libs.launch import Parser
 from libs.model import build_empty_network
 from libs.optim import clip_or_skip, make_adamw

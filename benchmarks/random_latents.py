@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from libs.autoencoder import SD_CONFIG, load_autoencoder
+from libs.autoencoder import load_autoencoder
+from libs.autoencoder_files import SD_CONFIG
 from libs.latents import LatentStore, StoreWriter
 from libs.launch import Parser
 
@@ -40,7 +41,7 @@ def write_store(folder, n_records, moments, autoencoder):
             first, last = writer.image_range(shard)
             writer.write_shard(shard, moments[: last - first])
         writer.finish(np.arange(n_records) % 1000)
-    return LatentStore.open(folder)
+    return LatentStore(folder)
 
 
 def main():

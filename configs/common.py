@@ -83,6 +83,8 @@ def base():
 
     config.autoencoder = d(
         pretrained_path="assets/stable-diffusion/autoencoder_kl_ema.pth",  # file, folder or hub id; "": none (pixels)
+        latent_stats="",  # normalization: a scaling factor, edm2 or a file of statistics; "": the autoencoder's own
+        decode_dtype="float32",  # precision of decoding: float32, bfloat16 or float16
     )
 
     config.train = d(

@@ -333,7 +333,7 @@ def saved_settings(weights: Path) -> dict | None:
 
     Returns:
         {"config": the config as JSON values, "step": the training step or None, "class_names": the names of the classes
-        in the training data in the order of their labels, or None}.
+        in the training data in the order of their labels, or None, "autoencoder": its identity, or None}.
 
     Raises:
         UserError: it is damaged.
@@ -342,7 +342,8 @@ def saved_settings(weights: Path) -> dict | None:
         found, beside = read_metadata(weights), weights.with_name(STATE_FILE)
         index = weights.parent.parent / "model_index.json"  # of a pipeline
         if CONFIG_KEY in found:
-            found = {key: json.loads(found[key]) for key in (CONFIG_KEY, "step", "class_names") if key in found}
+            keys = (CONFIG_KEY, "step", "class_names", "autoencoder")
+            found = {key: json.loads(found[key]) for key in keys if key in found}
         elif beside.is_file():
             found = json.loads(beside.read_text())
         elif weights.match(PIPELINE_FILES) and index.is_file():
@@ -354,7 +355,8 @@ def saved_settings(weights: Path) -> dict | None:
         names = found.get("class_names")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise TypeError("class_names is no list of names")
-        return {"config": found[CONFIG_KEY], "step": found.get("step"), "class_names": names}
+        rest = {key: found.get(key) for key in ("step", "autoencoder")}
+        return {"config": found[CONFIG_KEY], "class_names": names, **rest}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the settings saved with {weights} are damaged: {error}") from error
 

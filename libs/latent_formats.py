@@ -2,14 +2,15 @@
 
 A reader has `len()`, the number of images; `labels(first, last)`; `read(first, last)`, which gives float32
 (n, channels, h, w) of images first..last - 1; `flips`, with which `read` gives 2n views, each image followed by its
-mirror image; and `scaled`, whether sampled latents are times the scaling factor. Files are checked, errors name them,
-and no code in them is run.
+mirror image; `moments`, whether it gives these or sampled latents; and `scaled`, whether those are normalized. Files
+are checked, errors name them, and no code in them is run.
 """
 
 import io
 import math
 import pickle
 import re
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class UViTFolder:
     Their scripts encode a batch and then its mirror images: the views of an image are apart, and images of their own.
     """
 
-    flips, scaled = False, False
+    flips, moments, scaled = False, True, False
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -42,7 +43,7 @@ class UViTFolder:
 
     def read(self, first: int, last: int) -> np.ndarray:
         files = [self.folder / f"{i}.npy" for i in range(first, last)]
-        return _stack([read_pair(file)[0] for file in files], files)
+        return stack([read_pair(file)[0] for file in files], files)
 
 
 class FastDiTFolder:
@@ -51,7 +52,7 @@ class FastDiTFolder:
     They hold one latent per image, sampled once and times the scaling factor.
     """
 
-    flips, scaled = False, True
+    flips, moments, scaled = False, False, True
 
     def __init__(self, folder: str | Path):
         found = [sorted(Path(folder).glob(f"*_{kind}/")) for kind in ("features", "labels")]
@@ -65,11 +66,11 @@ class FastDiTFolder:
 
     def labels(self, first: int, last: int) -> np.ndarray:
         files = [self.label_folder / f"{i}.npy" for i in range(first, last)]
-        return np.array([_as_label(read_plain_npy(file), file) for file in files])
+        return np.array([as_label(read_plain_npy(file), file) for file in files])
 
     def read(self, first: int, last: int) -> np.ndarray:
         files = [self.features / f"{i}.npy" for i in range(first, last)]
-        return _stack([array[0] if array.shape[:1] == (1,) else array for array in map(read_plain_npy, files)], files)
+        return stack([array[0] if array.shape[:1] == (1,) else array for array in map(read_plain_npy, files)], files)
 
 
 class LightningDiTFolder:
@@ -78,7 +79,7 @@ class LightningDiTFolder:
     They hold one latent per view, sampled once, not scaled.
     """
 
-    flips, scaled = True, False
+    flips, moments, scaled = True, False, False
 
     def __init__(self, folder: str | Path):
         self.files, self.starts, first = sorted(Path(folder).glob("*.safetensors")), [0], None
@@ -139,12 +140,12 @@ def read_pair(file: str | Path) -> tuple[np.ndarray, int]:
             raise TypeError(f"found {type(moments).__name__} and {type(label).__name__}")
     except Exception as error:  # the opcodes of a damaged pickle fail in any way their operands can
         raise UserError(f"{file} is not a pair of numpy moments and label: {error!r:.200}") from error
-    return moments, _as_label(label, file)
+    return moments, as_label(label, file)
 
 
-def read_plain_npy(file: str | Path) -> np.ndarray:
-    """Read a .npy file of numbers. Raises UserError naming the file, also if it would need unpickling."""
-    data = io.BytesIO(Path(file).read_bytes())
+def read_plain_npy(file: str | Path, contents: bytes | None = None) -> np.ndarray:
+    """Read a .npy file of numbers, or its `contents`. Raises UserError naming it, also if it would need unpickling."""
+    data = io.BytesIO(Path(file).read_bytes() if contents is None else contents)
     shape, dtype = read_npy_header(data, file)
     values = data.read()
     if dtype.kind not in "fiu" or len(values) != math.prod(shape) * dtype.itemsize:
@@ -231,7 +232,7 @@ class _ArrayUnpickler(pickle._Unpickler):
         return self.admitted[f"{module}.{name}"]
 
 
-def _as_label(value, file):
+def as_label(value: int | np.ndarray, file: str | Path) -> int:
     array = np.asarray(value)
     if array.size != 1 or array.dtype.kind not in "iu":
         raise UserError(f"{file} should hold one integer label, found {array.dtype} of shape {array.shape}")
@@ -247,7 +248,8 @@ def _count_numbered(folder):
     return len(numbers)
 
 
-def _stack(arrays, files):
+def stack(arrays: Sequence[np.ndarray], files: Sequence) -> np.ndarray:
+    """Stack float arrays of one shape (channels, h, w) as float32. Raises UserError naming the file of another."""
     for array, file in zip(arrays, files, strict=True):
         if array.ndim != 3 or array.dtype.kind != "f" or array.shape != arrays[0].shape:
             shape = arrays[0].shape if arrays[0].ndim == 3 else "(channels, h, w)"

@@ -22,10 +22,12 @@ import numpy as np
 
 from libs import UserError
 from libs.files import advise_on_write_error, file_digest, json_digest, read_json, read_npy_header, replacing
+from libs.normalization import Normalization, differing_parts
 
 FORMAT = "dimr-latents"
-VERSION = 1
+VERSION = 2
 DTYPES = ("float16", "float32")
+MOST_VALUES = 1 << 25  # of records that are read at once to look at
 MAX_OPEN_FILES = 256  # below the usual limit of 1024 per process, whatever the number of shards
 
 
@@ -34,7 +36,7 @@ class LatentStore:
 
     Attributes, besides those of every data set (libs.data):
         meta: index.json as a dict (keys: see `docs/latents.md`).
-        autoencoder: identity of the autoencoder it was made with, {"sha256", "scaling_factor"}.
+        autoencoder: identity of the autoencoder it was made with, see `libs.autoencoder.measure_identity`.
     """
 
     releases_gil = True
@@ -117,6 +119,16 @@ class LatentStore:
                     f"The latents in {self.path} do not fit the config: {name} of the store is {getattr(self, name)}, "
                     f"of the config {value}. Change the config, or extract again"
                 )
+
+    @property
+    def normalization(self) -> Normalization:
+        """The normalization that was recorded, which the moments do not have."""
+        return Normalization(tuple(self.autoencoder["shift"]), tuple(self.autoencoder["scale"]))
+
+    def read_spread(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read at most n records, fewer if they are large, evenly spread over the store, and their labels."""
+        n = max(1, min(n, MOST_VALUES // math.prod(self.record_shape)))
+        return self.read(np.unique(np.linspace(0, len(self) - 1, n).round().astype(int)))
 
     def _open_shard(self, number):
         """Return (open file, offset of its first record)."""
@@ -275,6 +287,9 @@ class StoreWriter:
         return {"file": name, "bytes": _size(path), "sha256": file_digest(path)}
 
     def _compare(self, found, but=None):
+        """Raise UserError for other settings. The numbers of the same encoder become those that were found."""
+        if differing_parts(self.settings["autoencoder"], found.get("autoencoder")).keys() <= {"decoder"}:
+            self.settings["autoencoder"] = found.get("autoencoder")
         differences = [
             f"{key}: there {found.get(key)!r:.200}, now {value!r:.200}"
             for key, value in self.settings.items()
@@ -295,6 +310,10 @@ def read_index(path: str | Path) -> dict:
         raise UserError(f"{found} latents at {path} (no index.json): run scripts/extract_imagenet_feature.py")
     index = read_json(file)
     found, digest = (index.get("format"), index.get("version")), index.pop("sha256", None)
+    if found[0] == FORMAT and found[1] != VERSION:
+        raise UserError(
+            f"{path} is of version {found[1]} of the format, this is {VERSION}: remove it and extract again"
+        )
     if found != (FORMAT, VERSION) or json_digest(index) != digest or not _is_consistent(index):
         raise UserError(
             f"{file} was altered, contradicts itself or is not of format {(FORMAT, VERSION)}, found {found!s:.200}: "
@@ -357,7 +376,7 @@ def _is_consistent(index):
             and 0 < index["n_records"] == sum(shard["records"] for shard in shards)
             and labels["file"] == "labels.npy"
             and {type(name) for name in index["class_names"]} == {str}
-            and {"sha256", "scaling_factor"} <= index["autoencoder"].keys()
+            and {"encoder", "decoder", "shift", "scale"} <= index["autoencoder"].keys()
         )
     except (KeyError, TypeError, AttributeError):
         return False

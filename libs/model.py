@@ -22,7 +22,7 @@ from torchvision.models import ResNet50_Weights
 
 import sde
 from libs import UserError
-from libs.autoencoder import Autoencoder, finite, float_to_uint8, load_autoencoder
+from libs.autoencoder import DTYPES, Autoencoder, finite, float_to_uint8, load_autoencoder
 from libs.checkpoint import (
     PIPELINE_FILES,
     differences,
@@ -34,6 +34,7 @@ from libs.checkpoint import (
 )
 from libs.compilation import choose_compile, compile_network, round_weights
 from libs.dimr import DiMR, StageSpec
+from libs.normalization import check_same_autoencoder
 from libs.randomness import SampleNoise, to_device
 from libs.solvers import SOLVERS, check_guidance, check_steps
 
@@ -57,6 +58,8 @@ def config_from_json(values: dict) -> ConfigDict:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     values = json.loads(json.dumps(values), object_hook=tuples)
+    added = {"latent_stats": "", "decode_dtype": "float32"}  # since some were saved
+    values["autoencoder"] = {**added, **values["autoencoder"]}
     values["nnet"]["stages"] = tuple(ConfigDict(stage) for stage in values["nnet"]["stages"])
     return ConfigDict(values).lock()
 
@@ -168,13 +171,22 @@ def read_network(
     return nnet, fitting_weights(nnet, state, str(file)), config, file
 
 
-def open_autoencoder(config: ConfigDict, device: torch.device | str) -> Autoencoder | None:
-    """Load the autoencoder of a latent model; None for a pixel model (config.autoencoder.pretrained_path is "")."""
+def open_autoencoder(
+    config: ConfigDict, device: torch.device | str, recorded: dict | None = None
+) -> Autoencoder | None:
+    """Load the autoencoder of a latent model; None for a pixel model (config.autoencoder.pretrained_path is "").
+
+    Args:
+        recorded: the identity that the model was trained with, see `libs.normalization.read_latent_stats`.
+    """
     path, autoencoder, expected = config.autoencoder.pretrained_path, None, "pixels have 3"
     if path:
         if not Path(path).exists() and (ROOT / path).exists():  # configs give paths from the repository's root
             path = ROOT / path
-        autoencoder = load_autoencoder(path, device=device)
+        stats = config.autoencoder.latent_stats
+        if (ROOT / stats).is_file() and not Path(stats).exists():
+            stats = ROOT / stats
+        autoencoder = load_autoencoder(path, DTYPES[config.autoencoder.decode_dtype], device, stats, recorded)
         expected = f"{path} has {autoencoder.latent_channels}"
     if config.z_shape[0] != (autoencoder.latent_channels if autoencoder is not None else 3):
         raise UserError(
@@ -237,11 +249,14 @@ class Model:
         model = cls.open_network(path, config, torch.device(device), precision, compile)
         vae = model.weights.parent.parent / "vae"
         if config is None and model.weights.match(PIPELINE_FILES) and vae.is_dir():
-            model.config.autoencoder.pretrained_path = str(vae)
+            model.config.autoencoder.update(pretrained_path=str(vae), latent_stats="")  # is in its config
         if autoencoder is not None:
             model.config.autoencoder.pretrained_path = autoencoder
         model.guide = open_guide(model.config, model.device, precision, compile)
-        model.autoencoder = open_autoencoder(model.config, model.device)
+        trained = (saved_settings(model.weights) or {}).get("autoencoder")
+        model.autoencoder = open_autoencoder(model.config, model.device, trained)
+        if trained and "encoder" in trained:  # earlier checkpoints have a hash
+            check_same_autoencoder(model.autoencoder and model.autoencoder.identity, trained, model.weights)
         model.class_names = class_names(model.config, model.weights)
         return model
 

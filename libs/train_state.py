@@ -32,6 +32,7 @@ from libs.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from libs.normalization import check_same_autoencoder
 from libs.optim import EMA, PowerEMA, clip_or_skip
 from libs.sharding import split_like
 
@@ -39,12 +40,13 @@ GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole on 
 
 # Settings that a resumed run shares with its checkpoint; others may change.
 MUST_MATCH_ON_RESUME = re.compile(
-    r"mixed_precision|(data|autoencoder)\b.*"
+    r"mixed_precision|data\b.*"
     r"|config\.(seed|schedule|prediction|z_shape|nnet|ema|dataset\.n_classes)\b.*"
 )
 # Settings that may differ between the processes of a run: where files lie, and who writes
 MAY_DIFFER_BETWEEN_RANKS = re.compile(
-    r"code|config\.(dataset\.(path|num_workers)|autoencoder\.pretrained_path|init\.path|fid_stat|sample\.autoguidance_\w+)"
+    r"code|autoencoder\..*|config\.(dataset\.(path|num_workers)|autoencoder\.(pretrained_path|latent_stats)"
+    r"|init\.path|fid_stat|sample\.autoguidance_\w+)"
 )
 
 
@@ -198,7 +200,9 @@ def check_same_run(run: dict, saved: dict, folder: Path) -> None:
     Raises:
         UserError: they differ in what `MUST_MATCH_ON_RESUME`; all such settings are named, with both values.
     """
-    lines = differences(flatten_dict({name: saved.get(name) for name in run}), flatten_dict(run))
+    check_same_autoencoder(run.get("autoencoder"), saved.get("autoencoder"), folder)
+    compared = [name for name in run if name != "autoencoder"]
+    lines = differences(*(flatten_dict({name: each.get(name) for name in compared}) for each in (saved, run)))
     if refused := [line for name, line in lines.items() if MUST_MATCH_ON_RESUME.fullmatch(name)]:
         raise UserError(f"{folder} is of another run ({'; '.join(refused)}): set another --workdir, or these as there")
     if lines:
@@ -212,8 +216,9 @@ def check_same_everywhere(run: dict) -> None:
         UserError: on all processes, if two differ in more than `MAY_DIFFER_BETWEEN_RANKS`.
     """
     mine = {name: value for name, value in flatten_dict(run).items() if not MAY_DIFFER_BETWEEN_RANKS.fullmatch(name)}
-    first, *others = gather_object([mine])
-    for process, other in enumerate(others, 1):
+    (first, autoencoder), *others = gather_object([(mine, run.get("autoencoder"))])
+    for process, (other, another) in enumerate(others, 1):
+        check_same_autoencoder(another, autoencoder, "process 0")
         names = [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]
         if names:
             found = "; ".join(f"{name}: {first.get(name)} on 0, {other.get(name)} on {process}" for name in names)

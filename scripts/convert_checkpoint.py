@@ -53,7 +53,7 @@ def build_pipeline(nnet: DiMR, state: dict[str, Tensor], config: ConfigDict, fil
     utils.check_sampling(config)
     if sample.autoguidance_path:
         raise UserError("a pipeline has no guiding network: set config.sample.autoguidance_path to none")
-    autoencoder = open_autoencoder(config, "cpu")
+    autoencoder = open_autoencoder(config, "cpu", trained_autoencoder(file))
     nnet.load_state_dict(state, assign=True)
     return DiMRPipeline(
         DiMRNetwork.of(nnet, config.nnet.norm_type),
@@ -67,7 +67,7 @@ def build_pipeline(nnet: DiMR, state: dict[str, Tensor], config: ConfigDict, fil
             "guidance_interval": sample.interval,
             "num_inference_steps": sample.sample_steps,
         },
-        {"step": training_step(file), "config": config_json(config)},
+        {"step": training_step(file), "config": config_json(config), "autoencoder": trained_autoencoder(file)},
         config.prediction,
     )
 
@@ -75,6 +75,11 @@ def build_pipeline(nnet: DiMR, state: dict[str, Tensor], config: ConfigDict, fil
 def training_step(file: Path) -> int | None:
     """Return the step that is saved with a weights file, None if none is."""
     return (saved_settings(file) or {}).get("step")
+
+
+def trained_autoencoder(file: Path) -> dict | None:
+    """Return the identity of the autoencoder that is saved with a weights file, None if none is."""
+    return (saved_settings(file) or {}).get("autoencoder")
 
 
 def write_card(folder: Path, name: str, state: dict[str, Tensor], file: Path, config: str) -> None:
@@ -100,6 +105,7 @@ def convert(weights: str, out: Path, config_path: str | None = None) -> None:
     if out.suffix == ".safetensors":
         names = class_names(config, file)
         settings = {"config": config_json(config), "step": training_step(file), "class_names": names}
+        settings["autoencoder"] = trained_autoencoder(file)
         write_safetensors(state, out, settings_metadata(settings), "OUT")
         write_card(out.parent, out.stem, state, file, f"the metadata of {out.name}")
     elif is_file:

@@ -35,6 +35,7 @@ from libs.data import read_ahead
 from libs.images import ImageTree, batch_ranges, image_size, read_range, sides
 from libs.latents import DTYPES, LatentStore, StoreWriter
 from libs.launch import Parser, cpu_count, errors_in_one_line, make_state, raise_on_all_ranks
+from libs.normalization import describe_latents
 
 AUTOENCODER = "assets/stable-diffusion/autoencoder_kl_ema.pth"
 
@@ -79,9 +80,11 @@ def encode_shards(
                     images = images.to(state.device, non_blocking=True)  # uint8 (B, 3, H, W)
                     if args.flip:  # a mirror image follows its image
                         images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
-                    moments = autoencoder.encode_moments(uint8_to_float(images)).cpu().numpy()
+                    moments = autoencoder.encode_moments(uint8_to_float(images)).cpu()
+                    if not hidden and progress.n == 0:
+                        print(*filter(None, describe_latents(moments, autoencoder.normalization)), sep="\n")
                     with np.errstate(over="ignore"):  # reported, with the remedy, when the shard is written
-                        records[n_records : n_records + len(moments)] = moments
+                        records[n_records : n_records + len(moments)] = moments.numpy()
                     n_records += len(moments)
                 progress.update(stop - start)
             all_unreadable += unreadable
@@ -98,10 +101,9 @@ def encode_shards(
 def extract(args: argparse.Namespace, state: PartialState) -> None:
     """Make or complete the store `args.out`, working as one of `state`'s processes."""
     tree = ImageTree(args.images)
-    autoencoder = load_autoencoder(args.autoencoder)
+    autoencoder = load_autoencoder(args.autoencoder, latent_stats=args.latent_stats)
     (height, width), factor = sides(args.resolution), autoencoder.downsample
-    if height % factor or width % factor:
-        raise UserError(f"--resolution {args.resolution} is not a multiple of {factor}, as {args.autoencoder} needs")
+    autoencoder.check_size(height, width)
     settings = {
         "record_shape": [2 * autoencoder.latent_channels, height // factor, width // factor],
         "dtype": args.dtype,
@@ -172,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--images", required=True, help="folder with one folder per class, or of images alone")
     add("--out", required=True, help="folder of the latent store")
     add("--autoencoder", default=AUTOENCODER, help="diffusers folder, hub id, or single file")
+    add("--latent_stats", default="", help="scaling factor or statistics file in place of the autoencoder's own")
     add("--resolution", type=image_size, default=256, help="size of the crop in pixels: a side, or HEIGHTxWIDTH")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images")
     add("--dtype", choices=DTYPES, default="float16", help="precision of the stored moments")

@@ -1,6 +1,9 @@
+import contextlib
+import json
 import math
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,15 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
+import utils
 from libs import UserError
-from libs.autoencoder import SD_CONFIG, Autoencoder, load_autoencoder
+from libs.autoencoder import Autoencoder, load_autoencoder
+from libs.autoencoder_files import SD_CONFIG
+from libs.checkpoint import read_checkpoint
+from libs.model import Model, open_autoencoder
+from libs.normalization import check_same_autoencoder, differing_parts
+from libs.train_state import check_same_run
+from scripts.convert_checkpoint import convert
 
 TINY = {
     **SD_CONFIG,
@@ -22,6 +32,7 @@ TINY = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "scaling_factor": 0.5,
+    "force_upcast": False,
 }
 
 
@@ -50,10 +61,10 @@ def compvis_state(vae):
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory):
-    """A random autoencoder of Stable Diffusion's architecture: (diffusers folder, CompVis-named file, its tensors)."""
+    """A random, narrow autoencoder of Stable Diffusion's kind: (diffusers folder, CompVis-named file, its tensors)."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sd")
-    vae = AutoencoderKL(**SD_CONFIG)
+    vae = AutoencoderKL(**{**SD_CONFIG, "block_out_channels": (32, 32, 64, 64)})
     vae.save_pretrained(folder / "diffusers")
     state = compvis_state(vae)
     torch.save(state, folder / "autoencoder_kl.pth")
@@ -72,8 +83,9 @@ def test_compvis_and_diffusers_files_are_the_same_autoencoder(sd):
     folder, file, state = sd
     assert "encoder.down.0.block.0.norm1.weight" in state and "decoder.up.3.upsample.conv.weight" in state
     diffusers, compvis = load_autoencoder(folder), load_autoencoder(str(file))
-    assert diffusers.identity == compvis.identity and diffusers.identity["scaling_factor"] == 0.18215
-    assert (compvis.downsample, compvis.latent_channels, compvis.scaling_factor) == (8, 4, 0.18215)
+    assert diffusers.identity == compvis.identity and diffusers.weights_digest == compvis.weights_digest
+    assert (compvis.identity["shift"], compvis.identity["scale"]) == ([0.0], [0.18215])
+    assert (compvis.downsample, compvis.latent_channels) == (8, 4)
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
     latents = torch.randn(1, 4, 8, 8, generator=generator)
@@ -110,7 +122,7 @@ def test_files_that_are_not_whole_are_refused(sd, tmp_path):
     for name in ("junk.pth", "junk.ckpt", "junk.safetensors"):
         (tmp_path / name).write_bytes(b"\x80not weights at all" * 20)
     for file in tmp_path.iterdir():
-        with pytest.raises(UserError, match=rf"{file.name} is not a whole AutoencoderKL \(.*\): expected"):
+        with pytest.raises(UserError, match=rf"{file.name} is not a whole autoencoder \(.*\): expected"):
             load_autoencoder(file)
 
 
@@ -133,7 +145,7 @@ def test_a_missing_file_says_where_to_get_it(tmp_path, monkeypatch):
     for path in (tmp_path / "nothing.pth", "absent/a.pth", "assets/digits_autoencoder"):  # none of them is a hub id
         with pytest.raises(UserError, match=rf"No autoencoder at {path}: .*autoencoder_kl_ema\.pth.*sd-vae-ft-ema"):
             load_autoencoder(path)
-    with pytest.raises(UserError, match=r"assets is not a whole AutoencoderKL \(Error no file named config\.json"):
+    with pytest.raises(UserError, match=r"assets is not a whole autoencoder \(.*No such file .*config\.json"):
         load_autoencoder("assets")
 
 
@@ -167,35 +179,175 @@ def test_diffusers_folders_that_are_not_whole_are_refused(tiny, tmp_path):
     with pytest.raises(UserError, match=r"1 tensors are missing or unknown, such as quant_conv\.bias"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text("{ not json")
-    with pytest.raises(UserError, match="is not a whole AutoencoderKL"):
+    with pytest.raises(UserError, match="is not a whole autoencoder"):
         load_autoencoder(tmp_path)
 
 
 def test_identity_follows_the_weights(tiny, tmp_path):
-    """Also from a pipeline's folder."""
+    """Also from a pipeline's folder; in 16 bits they are the same autoencoder."""
     identity = load_autoencoder(tiny).identity
     (tmp_path / "vae").symlink_to(tiny)
     assert load_autoencoder(tmp_path).identity == identity
     assert load_autoencoder(tiny, dtype=torch.bfloat16).identity == identity
+    for dtype in (torch.float16, torch.bfloat16):
+        AutoencoderKL.from_pretrained(tiny).to(dtype).save_pretrained(tmp_path / str(dtype))
+        assert not differing_parts(load_autoencoder(tmp_path / str(dtype)).identity, identity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stable_diffusions_weights_in_16_bits_are_the_same(sd, tmp_path, dtype):
+    folder, _, state = sd
+    torch.save({name: tensor.to(dtype) for name, tensor in state.items()}, tmp_path / "half.pth")
+    assert not differing_parts(load_autoencoder(tmp_path / "half.pth").identity, load_autoencoder(folder).identity)
+
+
+def altered(tiny, folder, part, change=0.05):
+    """`tiny` with other weights in a part, or another config."""
     vae = AutoencoderKL.from_pretrained(tiny)
-    assert Autoencoder(vae).identity == identity
-    vae.quant_conv.bias[0] += 1e-3
-    assert Autoencoder(vae).identity["sha256"] != identity["sha256"]
+    if part == "scale":
+        vae.register_to_config(scaling_factor=0.13025)
+    else:
+        getattr(vae, part).conv_in.weight.data *= 1 + change
+    vae.save_pretrained(folder)
+    return load_autoencoder(folder)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("shift_factor", 0.1, r"shift_factor=0\.1"),
-        *(
-            ("scaling_factor", v, "normalize by one scaling_factor above 0; its config sets scaling_factor=")
-            for v in (None, 0, -1.0, math.nan, "1")
-        ),
-    ],
-)
-def test_a_shift_or_no_scale_is_refused(setting, value, message):
-    with pytest.raises(UserError, match=message):
-        Autoencoder(AutoencoderKL(**{**TINY, setting: value}))
+def test_another_encoder_or_scale_is_an_error_and_another_decoder_a_line(tiny, tmp_path, caplog):
+    identity = load_autoencoder(tiny).identity
+    check_same_autoencoder(identity, identity, "the store")
+    check_same_autoencoder(None, None, "pixels")
+    for part, message in (
+        ("encoder", "the store is of another autoencoder .encoder: another.: set --autoencoder"),
+        ("scale", r"scale \[0\.5\] there, shift \[0\.0\], scale \[0\.13025\] here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_same_autoencoder(altered(tiny, tmp_path / part, part).identity, identity, "the store")
+    for other in (None, {"sha256": "ab", "scaling_factor": 0.5}):
+        with pytest.raises(UserError, match="the store is of another autoencoder"):
+            check_same_autoencoder(other, identity, "the store")
+    assert not caplog.messages
+    check_same_autoencoder(altered(tiny, tmp_path / "decoder", "decoder", 0.5).identity, identity, "the store")
+    assert caplog.messages == ["the store is of another decoder of the same encoder: pictures will differ a little"]
+
+
+def test_a_model_is_sampled_with_the_autoencoder_it_was_trained_with(
+    tiny_config, tiny_autoencoder, trained_run, tmp_path, caplog
+):
+    """By eval.py, sample.py and the demo, which open models alike, from checkpoints and what they are converted to."""
+    checkpoint = trained_run / "ckpts" / "6.ckpt"
+    convert(str(checkpoint), tmp_path / "converted.safetensors")
+    others = {part: altered(tiny_autoencoder, tmp_path / part, part, 0.5) for part in ("encoder", "decoder", "scale")}
+    for weights in (checkpoint, tmp_path / "converted.safetensors"):
+        caplog.clear()
+        assert Model.open(weights).autoencoder.identity == load_autoencoder(tiny_autoencoder).identity
+        assert not [message for message in caplog.messages if "decoder" in message]
+        for part in others:
+            message = "another decoder of the same encoder" if part == "decoder" else "is of another autoencoder"
+            with contextlib.nullcontext() if part == "decoder" else pytest.raises(UserError, match=message):
+                Model.open(weights, autoencoder=str(tmp_path / part))
+        assert len([message for message in caplog.messages if "another decoder of the same encoder" in message]) == 1
+    shutil.copytree(checkpoint, tmp_path / "6.ckpt")
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["autoencoder"] = {"sha256": "ab", "scaling_factor": 0.5}  # as earlier code wrote it: cannot be compared
+    for name in ("latent_stats", "decode_dtype"):
+        del state["config"]["autoencoder"][name]
+    (tmp_path / "6.ckpt" / "state.json").write_text(json.dumps(state))
+    assert Model.open(tmp_path / "6.ckpt").autoencoder
+
+
+@pytest.mark.parametrize(("part", "refused"), [("encoder", True), ("scale", True), ("decoder", False)])
+def test_training_and_resuming_with_another_autoencoder(
+    tiny_config, tiny_autoencoder, trained_run, tmp_path, part, refused, caplog
+):
+    altered(tiny_autoencoder, tmp_path / "other", part, 0.5)
+    tiny_config.autoencoder.pretrained_path = str(tmp_path / "other")
+    autoencoder = open_autoencoder(tiny_config, "cpu")
+    saved, _ = read_checkpoint(trained_run / "ckpts" / "6.ckpt")
+    run = {"autoencoder": autoencoder.identity}
+    for check in (lambda: utils.open_dataset(tiny_config, autoencoder), lambda: check_same_run(run, saved, "6.ckpt")):
+        with pytest.raises(UserError, match=part[:5]) if refused else contextlib.nullcontext():
+            check()
+    assert refused or len([message for message in caplog.messages if "decoder of the same" in message]) == 2
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, "1"])
+def test_no_scale_is_refused(value):
+    with pytest.raises(UserError, match=r"scales above 0; found|no normalization: scaling_factor"):
+        Autoencoder(AutoencoderKL(**{**TINY, "scaling_factor": value}))
+
+
+# --- What a path may be -----------------------------------------------------------------------------------------------
+
+
+def test_the_factor_of_single_files_is_said_and_of_sdxl_known(sd, tmp_path, caplog):
+    folder, file, state = sd
+    caplog.set_level("INFO")
+    assert load_autoencoder(file).identity["scale"] == [0.18215]
+    assert "autoencoder_kl.pth: 4 channels, 8 pixels a cell, scaling factor 0.18215 (that of its shape)" in caplog.text
+    assert "gives another: SDXL's is 0.13025" in caplog.text
+    full = {f"first_stage_model.{name}": tensor for name, tensor in state.items()}
+    full["conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"] = torch.ones(3)
+    save_file(full, tmp_path / "sd_xl_base_1.0.safetensors")
+    sdxl = load_autoencoder(tmp_path / "sd_xl_base_1.0.safetensors")
+    assert sdxl.identity["scale"] == [0.13025] and "0.13025 (SDXL's)" in caplog.text
+    assert sdxl.identity["encoder"] == load_autoencoder(folder).identity["encoder"]
+    assert load_autoencoder(file, latent_stats="0.13025").identity == sdxl.identity
+
+
+def test_other_classes_and_pixels_are_named(tiny, tmp_path):
+    config = json.loads((tiny / "config.json").read_text())
+    for name, change, message in (
+        ("video", {"_class_name": "AutoencoderKLCosmos"}, "it is of class AutoencoderKLCosmos: expected AutoencoderKL"),
+        ("unet", {"_class_name": "UNet2DModel"}, "it is of class UNet2DModel: expected AutoencoderKL"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=message):
+            load_autoencoder(tmp_path / name)
+    AutoencoderKL(**{**TINY, "in_channels": 1, "out_channels": 1}).save_pretrained(tmp_path / "grey")
+    with pytest.raises(UserError, match=r"its pixels have \[1\] channels: expected 3"):
+        load_autoencoder(tmp_path / "grey")
+
+
+def test_files_of_other_kinds_are_named_by_their_first_bytes(sd, tiny, tmp_path):
+    _, _, state = sd
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>Not found</html>")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "config.pth").write_bytes((tiny / "config.json").read_bytes())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    (tmp_path / "folder" / "diffusion_pytorch_model.safetensors").write_bytes(
+        (tmp_path / "pointer.safetensors").read_bytes()
+    )
+    for name, kind in (
+        ("page.pth", "is an HTML page"),
+        ("pointer.safetensors", "is a pointer of git-lfs"),
+        ("config.pth", "is a JSON file"),
+        ("folder", "diffusion_pytorch_model.safetensors is a pointer of git-lfs"),
+    ):
+        with pytest.raises(UserError, match=kind):
+            load_autoencoder(tmp_path / name)
+    save_file(state, tmp_path / "named.ckpt")
+    assert load_autoencoder(tmp_path / "named.ckpt").latent_channels == 4
+
+
+def test_hub_ids_of_pipelines_and_of_single_files(monkeypatch, tiny, sd, tmp_path):
+    (tmp_path / "vae").symlink_to(tiny)
+    (tmp_path / "kl.pth").symlink_to(sd[1])
+
+    def fetched(hub_id, file, **kwargs):
+        if hub_id != "someone/pipeline" or not (tmp_path / file).exists():
+            raise LocalEntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    identity = load_autoencoder(tiny).identity
+    for path in ("someone/pipeline", "hf://someone/pipeline", "hf://someone/pipeline/vae"):
+        assert load_autoencoder(path).identity == identity
+    assert load_autoencoder("hf://someone/pipeline/kl.pth").downsample == 8
+
+
+# --- Moments and pixels -----------------------------------------------------------------------------------------------
 
 
 def test_moments_and_pixels_are_diffusers_own(tiny):
@@ -242,7 +394,8 @@ def test_sample_latents_is_the_gaussian_of_the_moments(tiny):
     expected = 0.5 * (distribution.mean + distribution.std * noise)
     latents = autoencoder.sample_latents(moments, noise)
     torch.testing.assert_close(latents, expected)
-    torch.testing.assert_close(autoencoder.normalize(autoencoder.denormalize(latents)), latents)
+    normalization = autoencoder.normalization
+    torch.testing.assert_close(normalization.apply(normalization.invert(latents)), latents)
 
 
 def test_sample_latents_computes_in_float32(tiny):

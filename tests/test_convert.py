@@ -66,6 +66,7 @@ def test_every_way_round_is_exact(state, config_file, tiny_config, tmp_path, dty
 
 def test_a_training_checkpoint_brings_its_config_step_and_a_card(state, tiny_config, tmp_path, capsys):
     saved = {"step": 7, "config": config_json(tiny_config), "class_names": ["ant", "bee", "cat"]}
+    saved["autoencoder"] = {"scale": [0.5]}
     folder = tmp_path / "7.ckpt"
     folder.mkdir()
     save_file({name: -tensor for name, tensor in state.items()}, folder / "nnet.safetensors")

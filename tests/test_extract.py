@@ -39,7 +39,7 @@ def test_store_holds_the_moments_of_crops_and_their_mirror_images(images, tmp_pa
     assert len(store) == 60 and store.record_shape == (8, 8, 8) and store.class_names == list(CLASSES)
     assert store.meta["images_per_class"] == list(CLASSES.values())
     loaded = load_autoencoder(tiny_autoencoder)
-    store.check_against(autoencoder=loaded.identity)
+    assert store.autoencoder == loaded.identity
     for i, file in enumerate(sorted(images.glob("*/*.png"))):
         crop = torch.from_numpy(center_crop(Image.open(file), 16).copy()).permute(2, 0, 1)[None]
         views = torch.cat([crop, crop.flip(-1)]).float() / 255 * 2 - 1
@@ -114,7 +114,7 @@ def test_bad_input_ends_with_one_line(images, tmp_path, tiny_autoencoder):
         run(tmp_path / "absent", tmp_path / "out", tiny_autoencoder)
     with pytest.raises(SystemExit, match=r"No autoencoder at .*absent\.pth"):
         run(images, tmp_path / "out", tmp_path / "absent.pth")
-    with pytest.raises(SystemExit, match="--resolution 15 is not a multiple of 2"):
+    with pytest.raises(SystemExit, match="--resolution 15x15 is not a multiple of 2"):
         run(images, tmp_path / "out", tiny_autoencoder, "--resolution", "15")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("a file")

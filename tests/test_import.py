@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from test_latents import damage
 
+import utils
 from libs import UserError
 from libs.autoencoder import load_autoencoder
 from libs.latent_formats import MAX_PICKLE_BYTES, LightningDiTFolder, read_pair, read_plain_npy
@@ -53,7 +54,8 @@ def run(source, out, autoencoder, kind, *more):
     import_latents.main([str(argument) for argument in arguments])
     store = LatentStore(out)
     store.verify()
-    store.check_against(autoencoder=load_autoencoder(autoencoder).identity, n_classes=CLASSES)
+    store.check_against(n_classes=CLASSES)
+    assert store.autoencoder == load_autoencoder(autoencoder).identity
     return store
 
 
@@ -101,6 +103,35 @@ def test_lightningdit(tmp_path, tiny_autoencoder, dtype):
     torch.testing.assert_close(latents[1::2] / SCALE, mirrored.float(), atol=5e-6, rtol=1e-5)
 
 
+def test_latents_of_the_wrong_kind_or_scale_are_said(tmp_path, tiny_autoencoder, tiny_config, capsys, caplog):
+    """At import, by inspect_latents.py and at the start of training."""
+    source, scaled = tmp_path / "source", ("--scaled", "--no-scaled")
+    for kind in ("features", "labels"):
+        (source / f"imagenet256_{kind}").mkdir(parents=True)
+    for i, label in enumerate(LABELS):  # normalized, of deviation 1: 0.125 if they are normalized once more
+        np.save(source / "imagenet256_features" / f"{i}.npy", features(4)[i][None] / 4)
+        np.save(source / "imagenet256_labels" / f"{i}.npy", np.array([label]))
+    for flag, deviation in zip(scaled, ("0.2", "0.12"), strict=True):
+        run(source, tmp_path / flag, tiny_autoencoder, "fast-dit", flag)
+        assert f"a deviation of {deviation}" in capsys.readouterr().out
+    inspect_latents.main([str(tmp_path / "--no-scaled")])
+    assert (out := capsys.readouterr().out).count("a deviation of 0.12") == 1 and "set --latent_stats" in out
+    tiny_config.dataset.update(path=str(tmp_path / "--no-scaled"), n_classes=CLASSES)
+    tiny_config.z_shape = (4, 4, 4)
+    utils.open_dataset(tiny_config, load_autoencoder(tiny_autoencoder))
+    assert "a deviation of 0.12" in caplog.text
+    with pytest.raises(SystemExit, match="the features have 4 channels, moments of the autoencoder 2 x 4"):
+        run(uvit_of_latents(tmp_path / "uvit"), tmp_path / "no", tiny_autoencoder, "uvit")
+    with pytest.raises(SystemExit, match="--scaled is of latents, and uvit holds moments"):
+        run(write_uvit(tmp_path / "moments"), tmp_path / "no", tiny_autoencoder, "uvit", "--scaled")
+
+
+def uvit_of_latents(folder):
+    folder.mkdir()
+    save_uvit(folder / "0.npy", features(4)[0], 0)
+    return folder
+
+
 def test_interrupted_imports_are_continued(tmp_path, tiny_autoencoder, capsys):
     source, out = write_uvit(tmp_path / "source"), tmp_path / "out"
     run(source, tmp_path / "whole", tiny_autoencoder, "uvit")
@@ -141,7 +172,7 @@ def test_bad_sources_end_with_one_line(tmp_path, tiny_autoencoder):
         run(source, tmp_path / "other", tiny_autoencoder, "uvit")
     (tmp_path / "one").mkdir()
     for moments, label, message in (
-        (features(6)[0], 0, "6 channels, but the autoencoder's moments 8 and its latents 4"),
+        (features(6)[0], 0, "6 channels, moments of the autoencoder 2 x 4: set --autoencoder"),
         (features(8)[0], -1, "labels from -1 to -1: expected 0 to --n_classes - 1"),
         (np.zeros((8, 0, 8), np.float32), 0, r"empty records: expected \(channels, h, w\), found \(8, 0, 8\)"),
     ):
@@ -304,7 +335,7 @@ def test_inspect_refuses_another_autoencoder(tmp_path, tiny_autoencoder):
         vae.quant_conv.bias += 1
     vae.save_pretrained(tmp_path / "other")
     for png, message in (
-        ("x.png", "autoencoder of the store is"),
+        ("x.png", "out is of another autoencoder"),
         ("x.foo", "--png must be a .png file; found "),
         ("out/index.json/x.png", "Cannot write .*, or set --png"),
     ):

@@ -16,7 +16,8 @@ from libs.files import WriteError, file_digest, json_digest, read_npy_header, re
 from libs.latents import LatentStore, StoreWriter
 
 SHAPE = (8, 4, 4)
-IDENTITY = {"sha256": "ab" * 32, "scaling_factor": 0.18215}
+CHANNELS = {"mean": [0.5, -1.0, 2.0, 0.0], "std": [1.0, 2.0, 0.5, 1.0]}
+IDENTITY = {"encoder": CHANNELS, "decoder": CHANNELS, "shift": [0.0], "scale": [0.18215]}
 
 
 def settings(n_images=25, **changes):
@@ -80,7 +81,7 @@ def test_reads_back_what_was_written_in_any_order(tmp_path, changes):
 def test_index_describes_the_store_and_numpy_alone_opens_it(tmp_path):
     records, labels = write_store(tmp_path / "store")
     meta = LatentStore(tmp_path / "store").meta
-    assert (meta["version"], meta["n_images"], meta["n_records"]) == (1, 25, 50)
+    assert (meta["version"], meta["n_images"], meta["n_records"]) == (2, 25, 50)
     assert meta["images_per_class"] == np.bincount(labels[::2]).tolist()
     assert (meta["resolution"], meta["flips"], meta["crop"], meta["dtype"]) == (32, True, "adm-centre", "float16")
     assert all(entry["sha256"] == file_digest(tmp_path / "store" / entry["file"]) for entry in meta["shards"])
@@ -271,7 +272,7 @@ def test_not_a_store(tmp_path):
     with pytest.raises(UserError, match=r"no index\.json.*extract_imagenet_feature"):
         LatentStore(tmp_path)
     (tmp_path / "index.json").write_text('{"format": "other"}')
-    with pytest.raises(UserError, match=r"not of format \('dimr-latents', 1\), found \('other', None\)"):
+    with pytest.raises(UserError, match=r"not of format \('dimr-latents', 2\), found \('other', None\)"):
         LatentStore(tmp_path)
 
 
@@ -302,13 +303,41 @@ def test_an_index_that_contradicts_itself_is_refused(tmp_path, change):
         LatentStore(tmp_path / "store")
 
 
+def test_an_older_store_says_what_to_do(tmp_path):
+    write_store(tmp_path / "store")
+    rewrite_index(tmp_path / "store", lambda index: index.update(version=1, autoencoder={"sha256": "ab" * 32}))
+    with pytest.raises(UserError, match=r"store is of version 1 of the format, this is 2: remove it and extract again"):
+        LatentStore(tmp_path / "store")
+
+
+def test_an_interrupted_store_goes_on_with_the_same_encoder(tmp_path):
+    """Its numbers differ in the last digits from machine to machine; another encoder is refused."""
+
+    def begin(mean, scale=0.18215):
+        encoder = {**CHANNELS, "mean": [mean, *CHANNELS["mean"][1:]]}
+        writer = StoreWriter(
+            tmp_path / "store", settings(autoencoder={**IDENTITY, "encoder": encoder, "scale": [scale]})
+        )
+        return writer, writer.begin()
+
+    writer, _ = begin(0.5)
+    writer.write_shard(0, moments(20))
+    writer, todo = begin(0.501)
+    assert todo == [1, 2]
+    writer.write_shard(1, moments(20))
+    for other in ((0.6,), (0.5, 0.13025)):
+        with pytest.raises(UserError, match="made with other settings"):
+            begin(*other)
+    writer.write_shard(2, moments(10))
+    writer.finish(np.arange(25) % 3)
+    assert LatentStore(tmp_path / "store").autoencoder == IDENTITY
+
+
 def test_check_against_names_both_sides(tmp_path):
     write_store(tmp_path / "store")
     store = LatentStore(tmp_path / "store")
-    store.check_against(autoencoder=IDENTITY, record_shape=SHAPE, n_classes=3)
+    store.check_against(record_shape=SHAPE, n_classes=3)
     store.check_against()
-    with pytest.raises(UserError, match=r"autoencoder of the store is .*abab.*, of the config .*cdcd"):
-        store.check_against(autoencoder={"sha256": "cd" * 32, "scaling_factor": 0.18215})
     with pytest.raises(UserError, match=r"record_shape of the store is \(8, 4, 4\), of the config \(8, 64, 64\)"):
         store.check_against(record_shape=(8, 64, 64))
     with pytest.raises(UserError, match="n_classes of the store is 3, of the config 1000"):

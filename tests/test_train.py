@@ -212,7 +212,7 @@ def test_bad_settings_are_clear_and_early(tiny_config, tmp_path, field, value, m
         (["--config=configs/none.py"], "configs/none.py"),
         (["--config=BAD/misspelt.py"], 'Did you mean "grad_clip"'),
         (["--config=BAD/empty.py"], "has no attribute 'get_config'"),
-        (["--config=BAD/other.py"], "other.py lacks autoencoder.pretrained_path, "),
+        (["--config=BAD/other.py"], "other.py lacks autoencoder.decode_dtype, "),
         (["--config=configs/digits.py", "--config.dataset.path=~/none"], f"No latents at {Path.home() / 'none'}"),
         (["--config=configs/digits.py", "--config.nnet.stages[x].depth=4"], "override of its fields: tuple indices"),
         (["--config=configs/digits.py", "train"], "expected only flags of the form --name=value; found train"),
