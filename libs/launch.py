@@ -31,9 +31,9 @@ from libs import UserError
 TIMEOUT = timedelta(hours=2)  # of a collective operation: the main process may write or sample for long
 REQUEUE_STATUS = 75  # "temporary failure, try again" (EX_TEMPFAIL of sysexits.h)
 LOST = r"Connection (reset|closed) by peer|Broken pipe|remote process exited"  # of gloo and NCCL, for a dead process
-# Variables of accelerate's that are heeded, or say nothing while ACCELERATE_DYNAMO_BACKEND is dropped
-HEEDED = r"ACCELERATE_(MIXED_PRECISION|USE_CPU|CPU_AFFINITY|DEBUG_MODE|DYNAMO_(MODE|USE_\w+))$"
-OTHER_TRAINERS = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
+# Variables of accelerate's that are supported, or say nothing while ACCELERATE_DYNAMO_BACKEND is dropped
+SUPPORTED = r"ACCELERATE_(MIXED_PRECISION|USE_CPU|CPU_AFFINITY|DEBUG_MODE|DYNAMO_(MODE|USE_\w+))$"
+UNSUPPORTED = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
 
 # --- Start and end ----------------------------------------------------------------------------------------------------
 
@@ -47,9 +47,9 @@ def check_environment() -> bool:
         raise UserError("WORLD_SIZE is set without MASTER_ADDR: unset it, or start by accelerate launch or torchrun")
     for name, value in list(os.environ.items()):
         off = value.lower() in ("", "0", "no", "false")
-        if name in OTHER_TRAINERS and not off:
+        if name in UNSUPPORTED and not off:
             raise UserError(f"{name}={value} is not supported: launch as for DDP; config.train.sharded is FSDP")
-        if name.startswith("ACCELERATE_") and not (off or re.match(HEEDED, name)):
+        if name.startswith("ACCELERATE_") and not (off or re.match(SUPPORTED, name)):
             logging.warning("%s=%s is ignored", name, value)
             del os.environ[name]
     if torch.backends.mps.is_available():
@@ -255,11 +255,12 @@ def raise_on_all_ranks(state: accelerate.Accelerator | accelerate.PartialState) 
 
 
 class StopRequest:
-    """Note what asks for a checkpoint and an end at the next step: SIGTERM, SIGUSR1 (Slurm's warning), Ctrl+C or a
-    closed terminal, unless ignored from the start (as by nohup). A second Ctrl+C ends the program at once.
+    """Record requests to save a checkpoint and exit at the next step.
 
-    So does the end of the launcher (accelerate launch, torchrun), which a signal kills without passing it on. A context
-    manager: the former signal handlers come back after it.
+    They are SIGTERM, SIGUSR1 (Slurm's warning), Ctrl+C and a closed terminal, unless ignored from the start (as by
+    nohup), and the end of the launcher (accelerate launch, torchrun), which a signal kills without passing it on. A
+    second Ctrl+C ends the program at once where there is no launcher. A context manager: the former signal handlers
+    come back after it.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
