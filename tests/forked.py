@@ -7,6 +7,7 @@ themselves and under launchers is for the tests that use conftest.run and subpro
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,8 @@ def be(command: list[str], env: dict[str, str], *files: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in the background
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)

@@ -147,8 +147,10 @@ def test_control_c_under_a_launcher_saves_on_all_processes(tiny_config, tmp_path
     tiny_config.train.update(n_steps=5000, save_interval=0, eval_interval=0, batch_size=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
     command += [*overrides(tiny_config), f"--workdir={tmp_path}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL, start_new_session=True)
+    env, heed = {**os.environ, "OMP_NUM_THREADS": "1"}, lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed
+    )
     wait_for_step(tmp_path, 3)
     os.killpg(launcher.pid, signal.SIGINT)
     launcher.wait(60)
@@ -160,6 +162,7 @@ def test_a_second_control_c_ends_at_once_and_nohup_is_heeded():
     code = """if True:
         import os, signal
         from libs.launch import StopRequest
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
         with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
