@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import describe_run
 from benchmarks.random_latents import write_store
-from libs.data import StepBatches, make_loader, read_ahead
+from libs.data import StepBatches, make_loader
 from libs.launch import Parser
 
 SHAPE = (8, 32, 32)
@@ -99,15 +99,15 @@ def main():
     workdir.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((8192, *SHAPE), dtype=np.float32).astype(np.float16)
-    autoencoder = {"sha256": "0" * 64, "scaling_factor": 0.18215}
+    numbers = {"mean": [0.0] * 4, "std": [1.0] * 4}
+    autoencoder = {"encoder": numbers, "decoder": numbers, "shift": [0.0], "scale": [0.18215]}
     store = write_store(workdir / "store", N_RECORDS, moments, autoencoder)
     big = write_store(workdir / "big", BIG_RECORDS, moments, autoencoder)
     write_pickled_files(workdir / "pickled", rng)
 
-    ways = [  # pickled files; the store by worker processes, and by threads
+    ways = [  # pickled files, and the store as training reads it
         lambda store, seed: pickled_loader(workdir / "pickled"),
         lambda store, seed: make_loader(store, SomeBatches(len(store), BATCH, seed), WORKERS, pin_memory=False),
-        lambda store, seed: read_ahead(store.read, SomeBatches(len(store), BATCH, seed), WORKERS),
     ]
     # The first pass fills the cache and is not counted.
     warm = [[records_per_second(way(store, seed)) for seed in range(1 + REPEATS)][1:] for way in ways]
@@ -126,16 +126,15 @@ def main():
 {describe_run()}
 
 {N_RECORDS:,} records of {SHAPE}, shuffled, batch {BATCH}: records per second, median of {REPEATS} passes.
-Pickled: one npy per image, read as by the released code with {WORKERS} worker processes. The store: with
-{WORKERS} worker processes and with {WORKERS} threads (`libs/data.py`).
+Pickled: one npy per image, read as by the released code with {WORKERS} worker processes. The store: by
+{WORKERS} threads, as training reads it (`libs/data.py`).
 
-| | pickled npy | store, processes | ratio | store, threads | ratio |
-|---|---|---|---|---|---|
+| | pickled npy | store | ratio |
+|---|---|---|---|
 """
     for name, results in (("warm", warm), ("cold, store of 8.2 GB", cold)):
-        pickled, processes, threads = map(np.median, results)
-        text += f"| {name} | {pickled:,.0f} | {processes:,.0f} | {processes / pickled:.1f} "
-        text += f"| {threads:,.0f} | {threads / pickled:.1f} |\n"
+        pickled, of_store = map(np.median, results)
+        text += f"| {name} | {pickled:,.0f} | {of_store:,.0f} | {of_store / pickled:.1f} |\n"
     text += f"\nCold random records: {amplification:.2f} bytes read from the disk per byte asked for.\n"
     print(text)
     Path(args.out).write_text(text)
