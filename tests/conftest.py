@@ -123,7 +123,7 @@ def make_tiny_config(tiny_autoencoder: Path, tiny_latents: Path):
 
 
 def overrides(config) -> list[str]:
-    """The command-line flags that turn configs/digits.py into `tiny_config`."""
+    """The command-line flags that turn configs/digits_released.py into `tiny_config`."""
     flags = ["--config=configs/digits_released.py"]
     flags += [f"--config.dataset.path={config.dataset.path}", f"--config.dataset.n_classes={config.dataset.n_classes}"]
     flags += [f"--config.autoencoder.pretrained_path={config.autoencoder.pretrained_path}"]
