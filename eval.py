@@ -73,14 +73,14 @@ def sampling_settings(model: Model) -> dict:
     guiding = {"autoguidance_sha256": file_digest(guide.weights)} if guide else {}
     if config.sample.autoguidance_config:  # another network
         guiding |= {f"autoguidance.{name}": value for name, value in network_settings(guide.config).items()}
-    latent_stats = model.autoencoder.normalization.to_json() if config.autoencoder.latent_stats else None
+    stats = model.autoencoder and config.autoencoder.latent_stats
     settings = {
         "weights_sha256": file_digest(model.weights),
         **guiding,
         "seed": config.seed,
         **network_settings(config),
         "autoencoder": model.autoencoder.weights_digest if model.autoencoder else None,
-        "latent_stats": latent_stats,
+        "latent_stats": model.autoencoder.normalization.to_json() if stats else None,
         "mixed_precision": model.precision,
         **settings,
         "scale_pow": settings["scale_pow"] or None,

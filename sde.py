@@ -8,7 +8,6 @@ Dhariwal, arXiv 2102.09672), classifier-free guidance (Ho and Salimans, arXiv 22
 (Kynkäänniemi et al., arXiv 2404.07724) and autoguidance (Karras et al., arXiv 2406.02507).
 """
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -143,16 +142,19 @@ class DiscreteSchedule(VariancePreserving):
             self.tables[device] = self.table.to(device)
         return self.tables[device]
 
-    def log_alpha_bar(self, t: Tensor) -> Tensor:
+    def interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Find log alpha_bar at the known points around t, and where between them t lies."""
         table = self.table_on(t.device)
         position = t.double() * self.n_timesteps - 1
         left = position.floor().clamp(0, self.n_timesteps - 2).long()
-        return torch.lerp(table[left], table[left + 1], position - left)
+        return table[left], table[left + 1], position - left
+
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        return torch.lerp(*self.interval(t))
 
     def beta(self, t: Tensor) -> Tensor:
-        table = self.table_on(t.device)
-        left = (t.double() * self.n_timesteps - 1).floor().clamp(0, self.n_timesteps - 2).long()
-        return (table[left] - table[left + 1]) * self.n_timesteps
+        left, right, _ = self.interval(t)
+        return (left - right) * self.n_timesteps
 
     def inverse_lambda(self, lam: Tensor) -> Tensor:
         log_alpha_bar = log_alpha_bar_of(lam)
@@ -384,8 +386,10 @@ def resolution_losses(predictions: Sequence[Tensor], target: Tensor, prediction:
 
 
 def min_snr_weight(schedule: Schedule, prediction: str, t: Tensor, gamma: float = 5.0) -> Tensor:
-    """Compute the weight of Min-SNR-gamma (arXiv 2303.09556) for each of PREDICTIONS, float32 (B,): min(SNR, gamma)
-    times what turns the squared error of the output into that of x_0."""
+    """Compute the weight of Min-SNR-gamma (arXiv 2303.09556) at times t (B,): float32 (B,).
+
+    It is min(SNR, gamma) times what turns the squared error of the output into that of x_0.
+    """
     alpha, sigma = schedule.alpha(t).square(), schedule.sigma(t).square()
     if prediction == "eps":
         weight = (gamma * sigma / alpha).clamp(max=1)
@@ -527,28 +531,7 @@ def guided_noise_model(nnet: Network, schedule: Schedule, *args, prediction: str
     return DiffusionModel(lambda x, t: predict(x, t)[-1], schedule, prediction)
 
 
-# --- Euler and Euler-Maruyama -----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def euler(model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
-    """Integrate the probability-flow ODE by Euler's method in steps of equal length in t.
-
-    On the linear path from noise at t = 1 to data at t = 0, where the network predicts v or x; otherwise from t_end to
-    t_start, as noise says nothing of x_0 at t = 1.
-
-    Args:
-        steps: NFE.
-        shift: of `shift_times`.
-    """
-    if not hasattr(model, "slope"):
-        model = DiffusionModel(model, schedule)
-    whole = isinstance(schedule, LinearSchedule) and model.prediction != "eps"
-    times = schedule.grid(steps, shift, 1.0, 0.0) if whole else schedule.grid(steps, shift)
-    times = times.tolist()
-    for t, following in itertools.pairwise(times):
-        x = x + (following - t) * model.slope(x, t)[0]
-    return x
+# --- Euler-Maruyama ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ MAX_OPEN_FILES = 256  # below the usual limit of 1024 per process, whatever the 
 
 
 class LatentStore:
-    """A complete store, opened for reading by any number of threads. A pickled one opens the store anew.
+    """A complete store, opened for reading by any number of threads.
 
     Attributes, besides those of every data set (libs.data):
         meta: index.json as a dict (keys: see `docs/latents.md`).
@@ -73,9 +73,6 @@ class LatentStore:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    def __reduce__(self):  # open files stay behind
-        return LatentStore, (self.path,)
 
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read records (B, *record_shape), of the store's dtype, and labels int64 (B,) in the order of `indices`.

@@ -123,12 +123,12 @@ def run(main: Callable[[list[str]], None], check: Callable[[ml_collections.Confi
         except Exception as error:
             if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
                 error = f"another process of this run is gone; re-run the command to resume ({error})"
-            elif isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            elif not is_for_users(error):
+                if not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):  # which takes seconds to import
+                    raise
                 reason = re.search(r"fatal error: .*|.+", str(error))[0]
                 needs = "a C++ compiler and Python's headers, or set compile=off in config.train and config.sample"
                 error = f"torch.compile failed ({reason}): it needs {needs}"
-            elif not is_for_users(error):
-                raise
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(3)  # if the first process fails alike, the launcher ends this one before it says it again
             sys.stdout.flush()

@@ -58,8 +58,6 @@ def config_from_json(values: dict) -> ConfigDict:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     values = json.loads(json.dumps(values), object_hook=tuples)
-    added = {"latent_stats": "", "decode_dtype": "float32"}  # since some were saved
-    values["autoencoder"] = {**added, **values["autoencoder"]}
     values["nnet"]["stages"] = tuple(ConfigDict(stage) for stage in values["nnet"]["stages"])
     return ConfigDict(values).lock()
 
@@ -255,7 +253,7 @@ class Model:
         model.guide = open_guide(model.config, model.device, precision, compile)
         trained = (saved_settings(model.weights) or {}).get("autoencoder")
         model.autoencoder = open_autoencoder(model.config, model.device, trained)
-        if trained and "encoder" in trained:  # earlier checkpoints have a hash
+        if trained:
             check_same_autoencoder(model.autoencoder and model.autoencoder.identity, trained, model.weights)
         model.class_names = class_names(model.config, model.weights)
         return model
@@ -310,9 +308,12 @@ class Model:
             noise = SampleNoise(indices, self.config.seed, tuple(self.config.z_shape), self.device)
             x = noise.draw()  # (B, C, H, W)
             y = to_device(torch.tensor(labels), self.device)
-            guiding = (self.guide.nnet, self.guide.config.prediction) if self.guide is not None else (None, "eps")
-            guidance = scale, settings.scale_pow, settings.interval, guiding[0], prediction, guiding[1]
-            predict = sde.guided_predictions(self.nnet, schedule, y, null_label, *guidance)
+            predict = sde.guided_predictions(
+                *(self.nnet, schedule, y, null_label, scale, settings.scale_pow, settings.interval),
+                guide=self.guide.nnet if self.guide else None,
+                prediction=prediction,
+                guide_prediction=self.guide.config.prediction if self.guide else "eps",
+            )
 
             def finest(x: Tensor, t: float) -> Tensor:
                 predictions = predict(x, t)

@@ -1,4 +1,4 @@
-"""Samplers as functions of a noise model: DPM-Solver++ singlestep and multistep, DDIM, DDPM, Heun, and by name Euler.
+"""Samplers as functions of a noise model: DPM-Solver++ singlestep and multistep, DDIM, DDPM, Heun, Euler.
 
 Lu et al., DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095). Notation as there: lambda is half the
 log-SNR, h a step in lambda, r1 and r2 the inner nodes as fractions of h, D the data prediction.
@@ -7,6 +7,7 @@ All coefficients are computed on the host in float64 before the first evaluation
 In every function noise_model is eps(x, t) and x is noise (B, C, H, W) at the first time.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from libs import UserError
-from sde import NoiseModel, Schedule, euler, euler_maruyama
+from sde import DiffusionModel, LinearSchedule, NoiseModel, Schedule, euler_maruyama
 
 Draw = Callable[[], Tensor]  # standard normal noise of the shape of x
 
@@ -171,7 +172,28 @@ def dpm_solver_multistep(noise_model: NoiseModel, schedule: Schedule, x: Tensor,
     return x
 
 
-# --- DDIM, DDPM, Heun -------------------------------------------------------------------------------------------------
+# --- Euler, DDIM, DDPM, Heun ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def euler(model: NoiseModel, schedule: Schedule, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
+    """Integrate the probability-flow ODE by Euler's method in steps of equal length in t.
+
+    On the linear path from noise at t = 1 to data at t = 0, where the network predicts v or x; otherwise from t_end to
+    t_start, as noise says nothing of x_0 at t = 1.
+
+    Args:
+        steps: NFE.
+        shift: of `shift_times`.
+    """
+    if not hasattr(model, "slope"):
+        model = DiffusionModel(model, schedule)
+    whole = isinstance(schedule, LinearSchedule) and model.prediction != "eps"
+    times = schedule.grid(steps, shift, 1.0, 0.0) if whole else schedule.grid(steps, shift)
+    times = times.tolist()
+    for t, following in itertools.pairwise(times):
+        x = x + (following - t) * model.slope(x, t)[0]
+    return x
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def draw_samples(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
 def read_losses(log: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read steps and losses of a run's metrics.jsonl; of a step logged again after a resume the later value counts."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    losses = {record["step"]: record["loss"] for record in records if "loss" in record}
+    losses = {record["step"]: record["loss"] for record in records if record.get("loss") is not None}
     return tuple(np.array(sorted(losses.items())).T)
 
 

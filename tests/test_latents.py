@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import pickle
 import timeit
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -98,13 +97,6 @@ def test_skipped_images_leave_no_gap(tmp_path):
     assert len(store) == 26 and store.meta["skipped"][:2] == ["image 0", "image 3"]
     read, read_labels = store.read(range(26))
     assert np.array_equal(read, records) and np.array_equal(read_labels, labels)
-
-
-def test_a_pickled_store_opens_it_anew(tmp_path):
-    records, _ = write_store(tmp_path / "store")
-    store = LatentStore(tmp_path / "store")
-    store.read([0, 49])  # open files must not travel
-    assert np.array_equal(pickle.loads(pickle.dumps(store)).read(range(50))[0], records)
 
 
 def test_threads_share_a_store_of_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):

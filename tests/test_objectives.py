@@ -20,7 +20,7 @@ from libs.model import Model
 from libs.pipeline import DiMRPipeline
 from libs.randomness import SampleNoise
 from libs.scheduler import SolverScheduler
-from libs.solvers import SOLVERS
+from libs.solvers import SOLVERS, euler
 from scripts import convert_checkpoint as converting
 from scripts import sample
 
@@ -209,7 +209,7 @@ def test_euler_from_noise_to_data_is_the_published_loop(prediction):
     y, x = torch.tensor([0, 1, 2]), noise(3, 1, 2, 2)
     interval = (0.0, 0.7 / 0.3)
     model = sde.guided_noise_model(nnet, Exact(), y, 3, 2.0, None, interval, prediction=prediction)
-    found = sde.euler(model, Exact(), x, 20, 0.3)
+    found = euler(model, Exact(), x, 20, 0.3)
 
     z, times = x.clone(), [1 - i / 20 for i in range(21)]
     times = [0.3 * t / (1 - 0.7 * t) for t in times]

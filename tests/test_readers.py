@@ -76,7 +76,9 @@ def pixel_config(images, n_classes=3, side=16):
 
 
 def pixel_flags(config) -> list[str]:
-    flags = [flag.replace("configs/digits_released.py", "configs/DiMR-M-3R_imagenet64.py") for flag in overrides(config)]
+    flags = [
+        flag.replace("configs/digits_released.py", "configs/DiMR-M-3R_imagenet64.py") for flag in overrides(config)
+    ]
     flags += [f"--config.nnet.stages[{i}].num_heads=2" for i in range(3)]
     return [*flags, f"--config.z_shape={tuple(config.z_shape)}", "--config.dataset.num_workers=1"]
 
